@@ -5,9 +5,8 @@ Every operation of `rat.ops` offers the same function several times: `reference`
 `set_backend` holds, and `auto` takes the fastest that can run.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Literal, TypeVar, get_args
 
 Backend = Literal["auto", "reference", "portable"]

@@ -67,12 +67,15 @@ class _Call(NamedTuple):
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Rows to take together, and how many ends the last of them may see."""
         length, step = self.q.shape[1], self.chunk_size
-        ends = self.end_keys.shape[1]
+        heads, ends = self.end_keys.shape[:2]
+        budget = BLOCK_LOGITS // heads
         start = 0
         while start < length:
-            fit = BLOCK_LOGITS // (self.end_keys.shape[0] * (min(ends, start // step) + 1))
-            rows = max(FEWEST_ROWS, fit) if fit < length - start else length - start
-            rows = max(1, rows // step) * step if self.regular else rows
+            if self.regular:  # the largest R with R * (start + R) / L logits in the budget
+                rows = int((start * start + 4 * step * budget) ** 0.5 - start) // 2
+                rows = max(1, max(FEWEST_ROWS, rows) // step) * step
+            else:
+                rows = max(FEWEST_ROWS, budget // (ends + 1))
             stop = min(length, start + rows)
             yield slice(start, stop), min(ends, (stop - 1) // step) if self.regular else ends
             start = stop
@@ -196,7 +199,8 @@ def _block_backward(call: _Call, rows: slice, seen: int, grad: Tensor, into: _Gr
     if turned is not None:
         grad_q = turn(grad_q, turned[0], -turned[1])
     own_p, own_s = (
-        x[..., seen].unflatten(0, (batch, heads)).mT[..., None] * f for x, f in ((p, 1.0), (grad_s, call.scale))
+        x[..., seen].unflatten(0, (batch, heads)).mT[..., None] * f
+        for x, f in ((p, 1.0), (grad_s, call.scale))
     )
     torch.mul(grad[:, rows], own_p, out=into.v[:, rows])
     own_s = call.tiled(own_s)

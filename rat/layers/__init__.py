@@ -1,0 +1,21 @@
+"""nn.Modules: the mixers and what stands around them."""
+
+from rat.layers.attention import Attention, SlidingWindowAttention
+from rat.layers.block import Block
+from rat.layers.feed_forward import FeedForward
+from rat.layers.mixer import GatedMixer, Mixer
+from rat.layers.rat import RAT
+from rat.layers.rnn import RNN
+from rat.layers.state import LayerState
+
+__all__ = [
+    "RAT",
+    "RNN",
+    "Attention",
+    "Block",
+    "FeedForward",
+    "GatedMixer",
+    "LayerState",
+    "Mixer",
+    "SlidingWindowAttention",
+]

@@ -1,0 +1,84 @@
+"""The protocol of a mixer: what a block asks of RAT, attention, sliding-window attention and the RNN."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from rat.layers.state import LayerState
+
+
+class Mixer(nn.Module, ABC):
+    """Mixes information along the sequence: (B, T, D) -> (B, T, D), without norm or residual."""
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        if d_model % num_heads:
+            raise ValueError(f"d_model {d_model} is not divisible by num_heads {num_heads}")
+        self.d_model = d_model
+        self.num_heads = num_heads
+        self.d_head = d_model // num_heads
+
+    @abstractmethod
+    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """A full pass over rows that start at their first token; `document_ids` (B, T) tells packed ones apart."""
+
+    @abstractmethod
+    def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
+        """An empty decoding state with room for `max_length` tokens; it grows when more come."""
+
+    @abstractmethod
+    def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
+        """Mix T >= 1 further tokens and advance the state in place.
+
+        Args:
+            x: (B, T, D).
+            state: what the rows have seen so far, each at its own length.
+            lengths: (B,) how many of the T tokens are a row's own; the rest is padding on the right, whose
+                outputs are meaningless and which leaves no trace.
+        """
+
+    @abstractmethod
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of a token in a row of `seq_len`, a multiply-add counted as 2."""
+
+    @abstractmethod
+    def cache_elements(self, seq_len: int) -> int:
+        """Numbers that the decoding state of one row of `seq_len` tokens holds."""
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, T, n * d) -> (B, T, n, d)."""
+        return x.unflatten(-1, (-1, self.d_head))
+
+    def state_dtype(self) -> torch.dtype:
+        """The dtype in which keys and values arrive: autocast's, where it is on, else the weights'."""
+        device = self.in_proj.weight.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.in_proj.weight.dtype
+
+
+class GatedMixer(Mixer):
+    """A mixer with a recurrence: a gate with a bias that starts as log U(1, span - 1)."""
+
+    def __init__(self, d_model: int, num_heads: int, gate_span: int) -> None:
+        super().__init__(d_model, num_heads)
+        self.gate_span = gate_span
+        self.gate_bias = nn.Parameter(torch.empty(d_model))
+        # The logits of the last full pass, for whoever watches the gates (a callback sets `watched`).
+        self.watched = False
+        self.gate_logits: Tensor | None = None
+
+    def watch(self, gate_logits: Tensor) -> None:
+        """Keep this pass's gate logits (B, T, D) where someone asked for them."""
+        self.gate_logits = gate_logits.detach() if self.watched else None
+
+    def memory_length(self) -> Tensor:
+        """1 / (1 - g) of the watched pass, in tokens, (B, T, D) fp32: how far back the gates remember."""
+        if self.gate_logits is None:
+            raise RuntimeError("no gates were watched: set `watched` and run a full pass first")
+        # 1 / (1 - sigmoid(x)) = 1 + exp(x)
+        return 1 + torch.exp(self.gate_logits.float() + self.gate_bias.detach().float())

@@ -1,0 +1,126 @@
+"""The RAT layer: a gated recurrence inside chunks, softmax attention over their ends (arXiv 2507.04416)."""
+
+import torch
+from torch import Tensor, nn
+
+from rat.layers.mixer import GatedMixer
+from rat.layers.state import LayerState
+from rat.ops import chunk_attention, chunk_scan, rotary
+
+
+class RAT(GatedMixer):
+    """Between an RNN (chunk_size >= T) and attention (chunk_size 1).
+
+    Args:
+        d_model: D.
+        num_heads: H.
+        chunk_size: L, tokens in a chunk.
+        num_groups: G, sets of queries and keys that the heads share (head h uses set h mod G).
+        rope_base: base of the rotary positions, counted in chunks; None for no positions.
+    """
+
+    def __init__(
+        self, d_model: int, num_heads: int, chunk_size: int, num_groups: int, rope_base: float | None
+    ) -> None:
+        super().__init__(d_model, num_heads, gate_span=chunk_size)
+        if num_heads % num_groups:
+            raise ValueError(f"num_heads {num_heads} is not divisible by num_groups {num_groups}")
+        self.chunk_size = chunk_size
+        self.num_groups = num_groups
+        self.rope_base = rope_base
+        d_group = num_groups * self.d_head
+        self.widths = [d_model, d_model, d_model, d_group, d_group]
+        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """See `Mixer.forward`."""
+        z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
+        self.watch(gate_logits)
+        (v, k), _ = chunk_scan(
+            gate_logits,
+            (v, k),
+            gate_bias=self.gate_bias,
+            chunk_size=self.chunk_size,
+            document_ids=document_ids,
+        )
+        mixed = chunk_attention(
+            self.heads(q),
+            self.heads(k),
+            self.heads(v),
+            chunk_size=self.chunk_size,
+            rope_base=self.rope_base,
+            document_ids=document_ids,
+        )
+        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
+
+    def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
+        """See `Mixer.new_state`: the chunk ends so far, and the recurrence inside the open chunk (fp32)."""
+        device, dtype = self.gate_bias.device, self.state_dtype()
+        ends = (batch_size, self.num_heads, -(-max_length // self.chunk_size), self.d_head)
+        return LayerState.empty(
+            batch_size,
+            device,
+            end_keys=torch.zeros(ends, device=device, dtype=dtype),
+            end_values=torch.zeros(ends, device=device, dtype=dtype),
+            key=torch.zeros(batch_size, self.d_model, device=device),
+            value=torch.zeros(batch_size, self.d_model, device=device),
+        )
+
+    def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
+        """See `Mixer.step`."""
+        z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
+        begun = state.longest > 0
+        (v, k), (state.tensors["value"], state.tensors["key"]) = chunk_scan(
+            gate_logits,
+            (v, k),
+            gate_bias=self.gate_bias,
+            chunk_size=self.chunk_size,
+            initial_state=(state.tensors["value"], state.tensors["key"]) if begun else None,
+            offset=state.lengths if begun else None,
+            lengths=lengths,
+        )
+        q, k, v = self.heads(q), self.heads(k), self.heads(v)
+        self._write_ends(k, v, state, lengths)
+        seen = -(-(state.longest + x.shape[1]) // self.chunk_size)
+        ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2) for n in ("end_keys", "end_values"))
+        mixed = chunk_attention(
+            q,
+            k,
+            v,
+            chunk_size=self.chunk_size,
+            rope_base=self.rope_base,
+            offset=state.lengths if begun else None,
+            ends=(ends[0], ends[1]) if begun else None,
+        )
+        state.advance(x.shape[1], lengths)
+        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
+
+    def _write_ends(self, k: Tensor, v: Tensor, state: LayerState, lengths: Tensor | None) -> None:
+        """Put the latest token of each chunk touched in the chunk's slot, (B, T, H, d) -> (B, H, E, d).
+
+        The slot of an open chunk is overwritten until the chunk closes; nobody sees it before.
+        """
+        length, size = k.shape[1], self.chunk_size
+        slots = (length + size - 2) // size + 1
+        state.reserve(state.longest // size + slots, "end_keys", "end_values")
+        slot = (state.lengths // size)[:, None] + torch.arange(slots, device=k.device)
+        own = length if lengths is None else lengths[:, None]
+        token = torch.minimum((slot + 1) * size - state.lengths[:, None], torch.as_tensor(own)).clamp(1) - 1
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        keys = k[rows, token]
+        if self.rope_base is not None:
+            keys = rotary(keys, slot, base=self.rope_base)
+        state.tensors["end_keys"][rows, :, slot] = keys.to(state.tensors["end_keys"].dtype)
+        state.tensors["end_values"][rows, :, slot] = v[rows, token].to(state.tensors["end_values"].dtype)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """See `Mixer.flops_per_token`: 2 (4D + 2Gd) D + 2 (T / L) D; causal halves are counted."""
+        return (
+            2 * (sum(self.widths) + self.d_model) * self.d_model
+            + 2 * seq_len * self.d_model // self.chunk_size
+        )
+
+    def cache_elements(self, seq_len: int) -> int:
+        """See `Mixer.cache_elements`: 2 ceil(T / L) D + 2D."""
+        return 2 * -(-seq_len // self.chunk_size) * self.d_model + 2 * self.d_model

@@ -1,0 +1,58 @@
+"""The gated RNN: the recurrence of RAT over the whole sequence, with an output gate and no attention."""
+
+import torch
+from torch import Tensor, nn
+
+from rat.layers.mixer import GatedMixer
+from rat.layers.state import LayerState
+from rat.ops import gated_scan
+
+
+class RNN(GatedMixer):
+    """Gated linear recurrence; no positions.
+
+    Args:
+        d_model: D.
+        num_heads: H; the recurrence is channel-wise, so it only has to divide D.
+        max_seq_len: T of training; the gate's bias starts as log U(1, T - 1).
+    """
+
+    def __init__(self, d_model: int, num_heads: int, max_seq_len: int) -> None:
+        super().__init__(d_model, num_heads, gate_span=max_seq_len)
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+
+    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """See `Mixer.forward`."""
+        z, v, gate_logits = self.in_proj(x).chunk(3, dim=-1)
+        self.watch(gate_logits)
+        (v,), _ = gated_scan(gate_logits, (v,), gate_bias=self.gate_bias, document_ids=document_ids)
+        return self.out_proj(torch.sigmoid(z) * v)
+
+    def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
+        """See `Mixer.new_state`: one vector a row, in fp32."""
+        device = self.gate_bias.device
+        return LayerState.empty(
+            batch_size, device, value=torch.zeros(batch_size, self.d_model, device=device)
+        )
+
+    def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
+        """See `Mixer.step`."""
+        z, v, gate_logits = self.in_proj(x).chunk(3, dim=-1)
+        (v,), (state.tensors["value"],) = gated_scan(
+            gate_logits,
+            (v,),
+            gate_bias=self.gate_bias,
+            initial_state=(state.tensors["value"],),
+            lengths=lengths,
+        )
+        state.advance(x.shape[1], lengths)
+        return self.out_proj(torch.sigmoid(z) * v)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """See `Mixer.flops_per_token`: 8 D^2."""
+        return 8 * self.d_model**2
+
+    def cache_elements(self, seq_len: int) -> int:
+        """See `Mixer.cache_elements`: D."""
+        return self.d_model

@@ -1,0 +1,109 @@
+"""The language model: embedding, blocks, final norm, tied head. Architecture and nothing else."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rat.config import MixerName, ModelConfig
+from rat.initialization import initialize
+from rat.layers import RAT, RNN, Attention, Block, LayerState, Mixer, SlidingWindowAttention
+
+# The one place where a pattern's names meet their classes.
+MIXERS: dict[MixerName, Callable[[ModelConfig], Mixer]] = {
+    "rat": lambda c: RAT(c.d_model, c.num_heads, c.chunk_size, c.num_groups, c.rope_base),
+    "attention": lambda c: Attention(c.d_model, c.num_heads, c.rope_base),
+    "sliding_window": lambda c: SlidingWindowAttention(c.d_model, c.num_heads, c.window_size, c.rope_base),
+    "rnn": lambda c: RNN(c.d_model, c.num_heads, c.max_seq_len),
+}
+
+IGNORED = -100
+
+
+class CausalLM(nn.Module):
+    """A causal language model whose layers follow `config.pattern`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(
+            Block(MIXERS[name](config), config.norm_eps) for name in config.layer_names()
+        )
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        initialize(self, config.init_std)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits, or the mean loss where `labels` are given.
+
+        Args:
+            input_ids: (B, T) int64, T >= 1.
+            labels: (B, T) int64, the target of each position (shifted already); -100 is ignored.
+            document_ids: (B, T); tokens of other documents are not seen.
+
+        Returns:
+            (B, T, V) logits, or the cross-entropy in nats a token, a scalar, for which the logits are never stored
+            whole. It is 0 where every label is ignored.
+        """
+        self._check(input_ids, labels)
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x, document_ids)
+        x = self.norm(x)
+        return F.linear(x, self.embedding.weight) if labels is None else self._loss(x, labels)
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        counted = (labels != IGNORED).sum().clamp(min=1)
+        total = F.linear_cross_entropy(
+            x.flatten(0, 1),
+            self.embedding.weight,
+            labels.flatten(),
+            ignore_index=IGNORED,
+            reduction="sum",
+            options=nn.LinearCrossEntropyOptions(),
+        )
+        return total / counted
+
+    def _check(self, input_ids: Tensor, labels: Tensor | None) -> None:
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids must be (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
+        if labels is not None and labels.shape != input_ids.shape:
+            raise ValueError(f"labels {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}")
+
+    def new_state(self, batch_size: int, max_length: int = 0) -> list[LayerState]:
+        """An empty decoding state, a part for each layer, with room for `max_length` tokens a row."""
+        return [layer.mixer.new_state(batch_size, max_length) for layer in self.layers]
+
+    def step(self, input_ids: Tensor, state: list[LayerState], lengths: Tensor | None = None) -> Tensor:
+        """Decode T >= 1 further tokens of every row and advance the state in place.
+
+        Args:
+            input_ids: (B, T) int64.
+            state: of `new_state`; rows may stand at different lengths.
+            lengths: (B,) from 1 to T, how many of the tokens are a row's own; the rest is padding on the right.
+
+        Returns:
+            (B, V) logits after each row's last token.
+        """
+        self._check(input_ids, None)
+        x = self.embedding(input_ids)
+        for layer, part in zip(self.layers, state, strict=True):
+            x = layer.step(x, part, lengths)
+        last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+        return F.linear(self.norm(last), self.embedding.weight)
+
+    def num_parameters(self) -> int:
+        """Trained numbers; the head is the embedding and counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward FLOPs of a token in a row of `seq_len`, head included; a train step takes three times that."""
+        head = 2 * self.embedding.weight.numel()
+        return head + sum(layer.flops_per_token(seq_len) for layer in self.layers)
+
+    def cache_bytes(self, seq_len: int, bytes_per_element: int = 2) -> int:
+        """Bytes that the decoding state of one row of `seq_len` tokens needs."""
+        return bytes_per_element * sum(layer.mixer.cache_elements(seq_len) for layer in self.layers)
