@@ -65,9 +65,7 @@ class ModelConfig:
             raise ValueError(f"rope_base must be above 1, or null for no positions, got {self.rope_base!r}")
         positioned = set(self.pattern) != {"rnn"} and self.rope_base is not None
         if positioned and self.d_model // self.num_heads % 2:
-            raise ValueError(
-                f"rotary positions need an even head width, got {self.d_model // self.num_heads}"
-            )
+            raise ValueError(f"rotary positions need an even head width, got {self.d_model // self.num_heads}")
 
     def layer_names(self) -> list[MixerName]:
         """The mixer of each layer, in order."""

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rat.checkpoint import Pretrained
 from rat.config import MixerName, ModelConfig
+from rat.generation import Generator
 from rat.initialization import initialize
 from rat.layers import RAT, RNN, Attention, Block, LayerState, Mixer, SlidingWindowAttention
 
@@ -21,22 +23,18 @@ MIXERS: dict[MixerName, Callable[[ModelConfig], Mixer]] = {
 IGNORED = -100
 
 
-class CausalLM(nn.Module):
+class CausalLM(Pretrained, Generator):
     """A causal language model whose layers follow `config.pattern`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(
-            Block(MIXERS[name](config), config.norm_eps) for name in config.layer_names()
-        )
+        self.layers = nn.ModuleList(Block(MIXERS[name](config), config.norm_eps) for name in config.layer_names())
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         initialize(self, config.init_std)
 
-    def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
         """Logits, or the mean loss where `labels` are given.
 
         Args:

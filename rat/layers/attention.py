@@ -139,9 +139,7 @@ class SlidingWindowAttention(Attention):
 
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2 + 4 W D, and never more than attention's."""
-        return min(
-            super().flops_per_token(seq_len), 8 * self.d_model**2 + 4 * self.window_size * self.d_model
-        )
+        return min(super().flops_per_token(seq_len), 8 * self.d_model**2 + 4 * self.window_size * self.d_model)
 
     def cache_elements(self, seq_len: int) -> int:
         """See `Mixer.cache_elements`: 2 (W + 1) D."""

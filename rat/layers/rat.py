@@ -19,9 +19,7 @@ class RAT(GatedMixer):
         rope_base: base of the rotary positions, counted in chunks; None for no positions.
     """
 
-    def __init__(
-        self, d_model: int, num_heads: int, chunk_size: int, num_groups: int, rope_base: float | None
-    ) -> None:
+    def __init__(self, d_model: int, num_heads: int, chunk_size: int, num_groups: int, rope_base: float | None) -> None:
         super().__init__(d_model, num_heads, gate_span=chunk_size)
         if num_heads % num_groups:
             raise ValueError(f"num_heads {num_heads} is not divisible by num_groups {num_groups}")
@@ -116,10 +114,7 @@ class RAT(GatedMixer):
 
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 2 (4D + 2Gd) D + 2 (T / L) D; causal halves are counted."""
-        return (
-            2 * (sum(self.widths) + self.d_model) * self.d_model
-            + 2 * seq_len * self.d_model // self.chunk_size
-        )
+        return 2 * (sum(self.widths) + self.d_model) * self.d_model + 2 * seq_len * self.d_model // self.chunk_size
 
     def cache_elements(self, seq_len: int) -> int:
         """See `Mixer.cache_elements`: 2 ceil(T / L) D + 2D."""

@@ -32,9 +32,7 @@ class RNN(GatedMixer):
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: one vector a row, in fp32."""
         device = self.gate_bias.device
-        return LayerState.empty(
-            batch_size, device, value=torch.zeros(batch_size, self.d_model, device=device)
-        )
+        return LayerState.empty(batch_size, device, value=torch.zeros(batch_size, self.d_model, device=device))
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
         """See `Mixer.step`."""

@@ -67,14 +67,10 @@ def _check(
     ends: tuple[Tensor, Tensor] | None,
 ) -> None:
     if k.ndim != 4 or 0 in k.shape or v.shape != k.shape:
-        raise ValueError(
-            f"k and v must be (B, T, H, d) with T >= 1, got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        raise ValueError(f"k and v must be (B, T, H, d) with T >= 1, got {tuple(k.shape)} and {tuple(v.shape)}")
     batch, length, heads, width = k.shape
     if q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != width or heads % max(1, q.shape[2]):
-        raise ValueError(
-            f"q must be ({batch}, {length}, a divisor of {heads}, {width}), got {tuple(q.shape)}"
-        )
+        raise ValueError(f"q must be ({batch}, {length}, a divisor of {heads}, {width}), got {tuple(q.shape)}")
     if rope_base is not None and width % 2:
         raise ValueError(f"rotary positions need an even head width, got {width}")
     if (offset is None) != (ends is None):

@@ -199,8 +199,7 @@ def _block_backward(call: _Call, rows: slice, seen: int, grad: Tensor, into: _Gr
     if turned is not None:
         grad_q = turn(grad_q, turned[0], -turned[1])
     own_p, own_s = (
-        x[..., seen].unflatten(0, (batch, heads)).mT[..., None] * f
-        for x, f in ((p, 1.0), (grad_s, call.scale))
+        x[..., seen].unflatten(0, (batch, heads)).mT[..., None] * f for x, f in ((p, 1.0), (grad_s, call.scale))
     )
     torch.mul(grad[:, rows], own_p, out=into.v[:, rows])
     own_s = call.tiled(own_s)
@@ -234,9 +233,7 @@ def _backward_op(
             _block_backward(call, rows, seen, grad, into)
         else:
             into.q[:, rows], into.k[:, rows], into.v[:, rows] = 0, 0, grad[:, rows]
-    keys, values = (
-        g.view(x.shape).to(x.dtype) for g, x in ((into.end_keys, end_keys), (into.end_values, end_values))
-    )
+    keys, values = (g.view(x.shape).to(x.dtype) for g, x in ((into.end_keys, end_keys), (into.end_values, end_values)))
     return [into.q, into.k, into.v, keys, values]
 
 

@@ -47,9 +47,7 @@ def chunk_scan(
     place = positions(batch, length, document_ids, offset, gate_logits.device)
     regular = document_ids is None and offset is None and lengths is None
     frozen = past_the_end(lengths, gate_logits)
-    return run(
-        gate_logits, streams, gate_bias, initial_state, place % chunk_size, frozen, chunk_size, regular
-    )
+    return run(gate_logits, streams, gate_bias, initial_state, place % chunk_size, frozen, chunk_size, regular)
 
 
 def check_chunks(chunk_size: int, offset: Tensor | None, batch: int) -> None:

@@ -73,9 +73,7 @@ def check_scan(
         raise ValueError("a scan needs at least one stream")
     for i, y in enumerate(streams):
         if y.ndim != 3 or y.shape[:2] != (batch, length) or y.shape[2] == 0 or width % y.shape[2]:
-            raise ValueError(
-                f"stream {i} must be ({batch}, {length}, a divisor of {width}), got {tuple(y.shape)}"
-            )
+            raise ValueError(f"stream {i} must be ({batch}, {length}, a divisor of {width}), got {tuple(y.shape)}")
     if gate_bias is not None and gate_bias.shape != (width,):
         raise ValueError(f"gate_bias must be ({width},), got {tuple(gate_bias.shape)}")
     if initial_state is not None and [s.shape for s in initial_state] != [(batch, width)] * len(streams):

@@ -227,9 +227,7 @@ def _carries_alone(grid: _Grid, grads: list[Tensor]) -> tuple[list[Tensor], Tens
     for token in reversed(range(grid.logits.shape[2])):
         gate = grid.gate(token)
         product = grid.kept(product.mul_(gate), token)
-        carries = [
-            grid.kept((c + g[:, :, token]).mul_(gate), token) for c, g in zip(carries, grads, strict=True)
-        ]
+        carries = [grid.kept((c + g[:, :, token]).mul_(gate), token) for c, g in zip(carries, grads, strict=True)]
     return carries, product
 
 
@@ -265,9 +263,7 @@ def _scan_backward_op(
         grads = [_cut(g, piece) for g in grad_outputs]
         before: list[Tensor | None] = [None] * len(streams)
         if chunk_size:
-            carries = [
-                torch.cat([e.new_zeros(e.shape[0], count - 1, e.shape[1]), e[:, None]], 1) for e in entering
-            ]
+            carries = [torch.cat([e.new_zeros(e.shape[0], count - 1, e.shape[1]), e[:, None]], 1) for e in entering]
         else:
             firsts: list[Tensor | None] = list(states) or [None] * len(streams)
             before = [_states_before(piece, o, s) for o, s in zip(outputs, firsts, strict=True)]
@@ -275,13 +271,9 @@ def _scan_backward_op(
             if count > 1:
                 alone, product = _carries_alone(grid, grads)
                 flipped = product.flip(1)
-                carries = [
-                    _hand_over(e, a.flip(1), flipped).flip(1) for e, a in zip(entering, alone, strict=True)
-                ]
+                carries = [_hand_over(e, a.flip(1), flipped).flip(1) for e, a in zip(entering, alone, strict=True)]
         target = _cut(into[0], piece), [_cut(g, piece) for g in into[1]]
-        leaving, piece_bias = _retreat(
-            grid, grads, carries, before, [_cut(o, piece) for o in outputs], target
-        )
+        leaving, piece_bias = _retreat(grid, grads, carries, before, [_cut(o, piece) for o in outputs], target)
         grad_bias += piece_bias
         entering = [torch.zeros_like(c[:, 0]) if chunk_size else c[:, 0] for c in leaving]
     return [into[0], *into[1], grad_bias, *(e.contiguous() for e in entering)]

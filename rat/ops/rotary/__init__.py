@@ -20,8 +20,6 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: Back
     if x.ndim != 4 or x.shape[-1] % 2:
         raise ValueError(f"rotary needs (B, T, heads, an even d), got {tuple(x.shape)}")
     if positions.shape not in ((x.shape[1],), x.shape[:2]):
-        raise ValueError(
-            f"positions {tuple(positions.shape)} fit neither (T,) nor (B, T) of {tuple(x.shape)}"
-        )
+        raise ValueError(f"positions {tuple(positions.shape)} fit neither (T,) nor (B, T) of {tuple(x.shape)}")
     run = select({"reference": reference.rotary, "portable": portable.rotary}, backend)
     return run(x, positions, base)

@@ -13,9 +13,7 @@ from rat.ops.documents import document_starts
 FEWEST_ROWS = 64
 
 
-def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int, document_ids: Tensor | None
-) -> Tensor:
+def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int, document_ids: Tensor | None) -> Tensor:
     """As the reference."""
     length = q.shape[1]
     runs = None if document_ids is None else document_starts(document_ids).cumsum(1)

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-def sliding_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int, document_ids: Tensor | None
-) -> Tensor:
+def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int, document_ids: Tensor | None) -> Tensor:
     """Query t sees key j when 0 <= t - j <= W and both stand in one document; shapes as in the public function."""
     length, width = q.shape[1], q.shape[3]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,99 @@
+"""Models on disk: a folder with `model.safetensors` and `config.json`, or a checkpoint of the released code."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rat.config import ModelConfig
+from rat.interop import released
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class Pretrained(nn.Module):
+    """Saving and loading for a model that is made from a `ModelConfig`."""
+
+    config: ModelConfig
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `model.safetensors` and `config.json`; a reader sees the old files or the new ones, never half."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
+            save_file(weights, Path(unfinished, WEIGHTS), metadata={"format": "pt"})
+            Path(unfinished, CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            for name in (CONFIG, WEIGHTS):
+                Path(unfinished, name).replace(folder / name)
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], config: ModelConfig | Mapping[str, Any] | None = None
+    ) -> Self:
+        """The model that `save_pretrained` or the released code of the paper wrote.
+
+        Args:
+            path: a folder of `save_pretrained`, or a `.pth` file of the released code. No code in it is run.
+            config: what the file is expected to be; for a released file it may also be just the fields that the
+                file does not tell, such as {"chunk_size": 16}.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a tensor is missing, is extra or has another shape; the file is damaged or holds objects
+                other than plain data and tensors; the architecture is not told; it is not the one given.
+        """
+        path = Path(path)
+        if path.is_dir():
+            if config is not None and not isinstance(config, ModelConfig):
+                raise ValueError(
+                    f"{path} has its own {CONFIG}: give a whole ModelConfig to compare it with, or nothing"
+                )
+            saved, weights = _read_folder(path)
+            if config is not None and saved != config:
+                raise ValueError(f"{path} holds another model: {differences(saved, config)}")
+        elif path.is_file():
+            saved, weights = released.read(path, config)
+        else:
+            raise FileNotFoundError(f"no model at {path}: neither a folder with {CONFIG} nor a .pth file")
+        with torch.device("meta"):
+            model = cls(saved)  # type: ignore[call-arg]
+        check_weights({n: p.shape for n, p in model.state_dict().items()}, weights, str(path))
+        model.load_state_dict(weights, assign=True)
+        return model
+
+
+def differences(saved: ModelConfig, given: ModelConfig) -> str:
+    """The fields in which two configs differ, in words."""
+    mine, other = saved.to_dict(), given.to_dict()
+    return "; ".join(f"{k} is {mine[k]}, not {other[k]}" for k in mine if mine[k] != other[k])
+
+
+def check_weights(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: str) -> None:
+    """Raise one ValueError that names every tensor that is missing, extra or of another shape."""
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of this model" for name in weights if name not in expected]
+    for name, shape in expected.items():
+        if name in weights and weights[name].shape != shape:
+            problems.append(f"{name} is {tuple(weights[name].shape)}, this model's is {tuple(shape)}")
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise ValueError(f"{source} does not fit the model: " + "; ".join(problems[:8]) + more)
+
+
+def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a folder of save_pretrained")
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors has its own exception type, which says what is broken
+        raise ValueError(f"{folder / WEIGHTS} cannot be read, copy it again: {error}") from None
+    return ModelConfig.from_json(folder / CONFIG), weights

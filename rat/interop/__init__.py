@@ -1,0 +1,1 @@
+"""Bridges to the formats of others."""
