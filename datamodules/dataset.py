@@ -39,8 +39,8 @@ class TokenDataset(Dataset[Block]):
         self._num_samples = (shards.num_tokens - 1) // seq_len
         if self._num_samples < 1:
             raise ShardError(
-                f"{shards.path} holds {shards.num_tokens} tokens, but one sample needs seq_len + 1 = {seq_len + 1};"
-                " prepare more text or choose a smaller seq_len"
+                f"{shards.path} holds {shards.num_tokens} tokens, fewer than the seq_len + 1 = {seq_len + 1} of a"
+                " sample; prepare more text or choose a smaller seq_len"
             )
 
     def __len__(self) -> int:

@@ -29,7 +29,9 @@ def get_position(trainer: Trainer) -> Position:
     """
     epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
     epoch, done = epochs.processed, batches.current.processed
-    finished = batches.is_last_batch or done >= trainer.fit_loop.max_batches
+    # the last batch is known as such before it is trained on
+    left = batches.is_last_batch and done == batches.current.ready
+    finished = left or done >= trainer.fit_loop.max_batches
     if epochs.started == epochs.processed:
         if finished or not done:
             return Position(epoch, 0)

@@ -92,15 +92,13 @@ class TrainSampler(Sampler[NDArray[np.int64]]):
                 " use more data, a shorter seq_len or a smaller batch"
             )
         if start < 0 or start % step:
-            raise ValueError(
-                f"cannot start at sample {start}: it is not a multiple of {micro_batch=} x {world_size=}"
-            )
+            raise ValueError(f"cannot start at sample {start}: it is not a multiple of {micro_batch=} x {world_size=}")
         self.total, self.seed, self.epoch, self.start = total, seed, epoch, start
         self.samples_per_epoch = total // global_batch * global_batch
         self._micro_batch, self._rank, self._step = micro_batch, rank, step
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of `epoch`; the current epoch keeps its start, so that Lightning may repeat it."""
+        """Go to the beginning of `epoch`; the current one keeps its start, as Lightning names it again."""
         if epoch != self.epoch:
             self.epoch, self.start = epoch, 0
 

@@ -24,7 +24,7 @@ _VERSION = 1
 
 
 class ShardError(ValueError):
-    """A shard folder is missing, damaged, or of another kind than asked for; the message says how to mend it."""
+    """Shards are missing, damaged, or of another kind than asked for; the message says how to mend it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,7 @@ class ShardIndex:
         if kind != _FORMAT:
             raise ShardError(f"{path} is not an index of this project's shards; prepare the text again")
         if version != _VERSION:
-            raise ShardError(
-                f"{path} has format version {version}, this code reads {_VERSION}; prepare again"
-            )
+            raise ShardError(f"{path} has format version {version}, this code reads {_VERSION}; prepare again")
         try:
             index = cls(**{**content, "files": [ShardFile(**file) for file in content.get("files", [])]})
         except TypeError as error:
@@ -88,9 +86,7 @@ class TokenShards:
         ShardError: nothing there, a truncated or foreign file, another tokenizer, a wrong checksum.
     """
 
-    def __init__(
-        self, path: str | Path, *, tokenizer_sha256: str | None = None, verify: bool = False
-    ) -> None:
+    def __init__(self, path: str | Path, *, tokenizer_sha256: str | None = None, verify: bool = False) -> None:
         self.path = Path(path)
         self.folder, self.index = _find(self.path)
         self.dtype = np.dtype(self.index.dtype).newbyteorder("<")
@@ -113,7 +109,7 @@ class TokenShards:
         return None if None in sizes else sum(size or 0 for size in sizes) / self.num_tokens
 
     def read_into(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
-        """Copy `out.shape[1]` tokens from every token position in `starts` (B,) into the rows of `out` (B, L)."""
+        """Copy L tokens from every position in `starts` (B,) into the rows of `out` (B, L)."""
         files = np.searchsorted(self._offsets, starts, side="right") - 1
         firsts = (starts - self._offsets[files]).tolist()
         arrays, length = self._arrays(), out.shape[1]
@@ -136,8 +132,8 @@ class TokenShards:
                 found = hashlib.file_digest(stream, "sha256").hexdigest()
             if found != file.sha256:
                 raise ShardError(
-                    f"{self.folder / file.name} does not match its checksum in {INDEX}: it was changed or damaged;"
-                    " copy it again or prepare again with --overwrite"
+                    f"{self.folder / file.name} does not match its checksum in {INDEX}, so it was changed or"
+                    " damaged; copy it again or prepare again with --overwrite"
                 )
 
     def _arrays(self) -> list[NDArray[Any]]:
@@ -155,7 +151,7 @@ class TokenShards:
         known = self.index.tokenizer_sha256
         if tokenizer_sha256 is not None and known is not None and tokenizer_sha256 != known:
             raise ShardError(
-                f"{self.path} was made with another tokenizer ({known[:12]}, expected {tokenizer_sha256[:12]});"
+                f"{self.path} was made with another tokenizer ({known[:12]}, not {tokenizer_sha256[:12]});"
                 " use the tokenizer.json beside it, or prepare again with --overwrite"
             )
         for file in self.index.files:
@@ -165,8 +161,8 @@ class TokenShards:
             expected, size = file.num_tokens * self.dtype.itemsize, path.stat().st_size
             if size != expected:
                 raise ShardError(
-                    f"{path} has {size} bytes, not the {expected} of {file.num_tokens} {self.dtype.name} tokens:"
-                    " it was cut short or changed; copy it again or prepare again with --overwrite"
+                    f"{path} has {size} bytes, not the {expected} of {file.num_tokens} {self.dtype.name}"
+                    " tokens: it was cut short or changed; copy it again or prepare again with --overwrite"
                 )
         if self.num_tokens == 0:
             raise ShardError(f"{self.path} holds no tokens; prepare it from some text")
@@ -187,9 +183,7 @@ def _find(path: Path) -> tuple[Path, ShardIndex]:
     raw = sorted(path.glob("*.bin")) if path.is_dir() else [path]
     if not raw:
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise ShardError(
-            f"{path} has neither {INDEX} nor *.bin files (it holds {inside}); give a shard folder"
-        )
+        raise ShardError(f"{path} has neither {INDEX} nor *.bin files (it holds {inside}); give a shard folder")
     return folder, ShardIndex(
         dtype="uint16", vocab_size=None, eos_id=None, tokenizer_sha256=None, files=[_raw_file(f) for f in raw]
     )
@@ -199,7 +193,7 @@ def _raw_file(path: Path) -> ShardFile:
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ShardError(
-            f"{path} has {size} bytes, which is no positive whole number of 2-byte tokens: without an {INDEX} a"
+            f"{path} has {size} bytes, no positive whole number of 2-byte tokens: without an {INDEX} a"
             " file must be raw uint16; copy it again, or prepare the text"
         )
     return ShardFile(name=path.name, num_tokens=size // 2)
@@ -235,9 +229,7 @@ class ShardWriter:
         if shard_tokens < 1 or not 0 <= eos_id < vocab_size <= 2**32:
             raise ValueError(f"impossible shards: {vocab_size=}, {eos_id=}, {shard_tokens=}")
         dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self.index = ShardIndex(
-            dtype=dtype, vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256
-        )
+        self.index = ShardIndex(dtype=dtype, vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256)
         self._shard_tokens = shard_tokens
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._stream: BinaryIO | None = None
@@ -252,9 +244,7 @@ class ShardWriter:
         """Append `tokens` (N,), the encoding of text of that many bytes and characters."""
         array = np.asarray(tokens)
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < (self.index.vocab_size or 0):
-            raise ValueError(
-                f"token ids must lie in [0, {self.index.vocab_size}); got {array.min()}..{array.max()}"
-            )
+            raise ValueError(f"token ids must lie in [0, {self.index.vocab_size}); got {array.min()}..{array.max()}")
         array = array.astype(np.dtype(self.index.dtype).newbyteorder("<"))
         for piece in self._pieces(array):
             assert self._stream is not None

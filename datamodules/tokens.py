@@ -1,5 +1,6 @@
 """The LightningDataModule for language modelling on shards of tokens."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,9 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         if path is None and train_path is None and val_path is None:
             raise ValueError("no data: give path (a prepared folder), or train_path and val_path")
-        for name, value, least in (
-            ("seq_len", seq_len, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)
-        ):  # fmt: skip
-            if value < least:
+        positive = {"seq_len": seq_len, "batch_size": batch_size, "global_batch_size": global_batch_size}
+        for name, value in {**positive, "num_workers": num_workers, "seed": seed}.items():
+            if value is not None and value < (least := int(name in positive)):
                 raise ValueError(f"{name}={value} must be at least {least}")
         folder = None if path is None else Path(path)
         self._paths = {
@@ -76,7 +76,7 @@ class TokenDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Size of the vocabulary of the training shards (of the validation shards, if there are only those)."""
+        """Size of the vocabulary of the training shards, or of the validation shards if there are only those."""
         index = self.dataset("train" if self._paths["train"] else "val").shards.index
         if index.vocab_size is None and self._vocab_size is None:
             raise ValueError("raw shards do not say their vocabulary: give vocab_size")
@@ -112,7 +112,7 @@ class TokenDataModule(LightningDataModule):
         return self._datasets[split]
 
     def train_sampler(self, epoch: int = 0, start: int = 0) -> TrainSampler:
-        """The order of `epoch` for this rank, from the sample `start` on; of all samples if no Trainer is attached."""
+        """The order of `epoch` for this rank, from the sample `start` on; without a Trainer that of all samples."""
         world = self._world()
         step = self.batch_size * world["num_replicas"]
         follows = step * (self.trainer.accumulate_grad_batches if self.trainer else 1)
@@ -120,8 +120,8 @@ class TokenDataModule(LightningDataModule):
         if self.trainer and wanted != follows:
             fix = f"set the Trainer's accumulate_grad_batches to {wanted // step}"
             raise ValueError(
-                f"global_batch_size={wanted} is not batch_size={self.batch_size} x {world['num_replicas']} devices x"
-                f" accumulate_grad_batches={self.trainer.accumulate_grad_batches} = {follows}; "
+                f"global_batch_size={wanted} is not batch_size={self.batch_size} x {world['num_replicas']} devices"
+                f" x accumulate_grad_batches={self.trainer.accumulate_grad_batches} = {follows}; "
                 + (fix if wanted % step == 0 else "choose a batch_size that divides it")
             )
         return TrainSampler(
@@ -130,18 +130,18 @@ class TokenDataModule(LightningDataModule):
         )  # fmt: skip
 
     def setup(self, stage: str) -> None:
-        """Open the shards that `stage` needs, and refuse a Trainer that would put its own sampler in the way."""
+        """Open the shards that `stage` needs; refuse a Trainer that would put its own sampler in the way."""
         trainer = self.trainer
         if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise ValueError(
-                "the Trainer would replace the sampler that makes runs repeatable: set its use_distributed_sampler"
-                " to false"
+                "the Trainer would replace the sampler that makes runs repeatable: set its"
+                " use_distributed_sampler to false"
             )
+        # Lightning knows only loaders that keep their own position
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         if stage == "fit":
             if trainer and trainer.overfit_batches:
-                raise ValueError(
-                    "overfit_batches would replace the sampler: use limit_train_batches, or less data"
-                )
+                raise ValueError("overfit_batches would replace the sampler: use limit_train_batches, or less data")
             self.dataset("train")
         if stage != "fit" or self._paths["val"]:
             self.dataset("val")
@@ -186,14 +186,14 @@ class TokenDataModule(LightningDataModule):
         for name, value in self._identity().items():
             if state_dict[name] != value:
                 raise ValueError(
-                    f"the checkpoint was trained with {name}={state_dict[name]}, this run has {value}: resume with the"
-                    " same data, seq_len and seed, or load only its weights into a new run"
+                    f"the checkpoint was trained with {name}={state_dict[name]}, this run has {value}: resume with"
+                    " the same data, seq_len and seed, or load only its weights into a new run"
                 )
         step, consumed = self._samples_per_micro_step(), state_dict["samples_consumed"]
         if consumed % (step * (self.trainer.accumulate_grad_batches if self.trainer else 1)):
             raise ValueError(
-                f"the checkpoint was written after {consumed} samples, which is no whole number of this run's optimiser"
-                f" steps; keep the global batch (micro batch {self.batch_size} x devices x accumulation) as it was"
+                f"the checkpoint was written after {consumed} samples, no whole number of this run's optimiser steps;"
+                f" keep the global batch (micro batch {self.batch_size} x devices x accumulation) as it was"
             )
         self._resume = state_dict
 

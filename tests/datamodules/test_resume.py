@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 
 from datamodules.tokens import TokenDataModule
 
@@ -86,13 +86,11 @@ def fit(
     module.fail_at = fail_at
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks or []),
         use_distributed_sampler=False, accumulate_grad_batches=accumulate, callbacks=callbacks,
         **{"max_epochs": 3, **trainer_options},
     )  # fmt: skip
-    datamodule = TokenDataModule(
-        data, seq_len=seq_len, batch_size=batch_size, num_workers=num_workers, seed=seed
-    )
+    datamodule = TokenDataModule(data, seq_len=seq_len, batch_size=batch_size, num_workers=num_workers, seed=seed)
     trainer.fit(module, datamodule, ckpt_path=ckpt)
     return module, trainer
 
@@ -102,21 +100,109 @@ def data(counting: Callable[..., Path]) -> Path:
     return counting(SAMPLES * SEQ_LEN + 1, 9 * SEQ_LEN)
 
 
-ENDS = {"epochs": {"max_epochs": 3}, "steps": {"max_epochs": -1, "max_steps": 6}, "cut": {"max_steps": 5}}
-VALIDATION = {"none": {"limit_val_batches": 0}, "epoch": {}, "step": {"val_check_interval": 2}}
+STOPS: dict[str, dict[str, Any]] = {
+    "max_epochs": {"max_epochs": 3},
+    "max_steps": {"max_epochs": -1, "max_steps": 6},
+    "both": {"max_steps": 6},
+}
+VALIDATION: dict[str, dict[str, Any]] = {
+    "never": {"limit_val_batches": 0},
+    "every_epoch": {},
+    "every_step": {"val_check_interval": 2},
+}
+
+
+def check(path: Path, steps: int, data: Path, whole: tuple[Recorder, Trainer], **options: Any) -> None:
+    """Resume from `path`, written after `steps` optimiser steps, and compare with the unbroken run."""
+    resumed, trainer = fit(data, ckpt=path, **options)
+    assert resumed.seen == whole[0].seen[8 * steps :], path.name
+    assert resumed.weight.item() == pytest.approx(whole[0].weight.item(), rel=1e-6), path.name
+    assert trainer.global_step == whole[1].global_step, path.name
+    if resumed.seen:
+        assert trainer.current_epoch == whole[1].current_epoch, path.name
 
 
 @pytest.mark.parametrize("validation", VALIDATION)
-@pytest.mark.parametrize("end", ENDS)
-def test_resume_from_every_hook(data: Path, tmp_path: Path, end: str, validation: str) -> None:
-    options = {**ENDS[end], **VALIDATION[validation]}
+@pytest.mark.parametrize("stop", STOPS)
+def test_resumes_from_every_hook(data: Path, tmp_path: Path, stop: str, validation: str) -> None:
+    options = {**STOPS[stop], **VALIDATION[validation]}
     saver = SaveEverywhere(tmp_path)
-    whole, trainer = fit(data, callbacks=[saver], **options)
-    assert len(whole.seen) == 8 * trainer.global_step >= 40
-    assert len(saver.steps) > 15
+    whole = fit(data, callbacks=[saver], **options)
+    assert len(whole[0].seen) == 8 * whole[1].global_step == 48
+    assert len(saver.steps) >= 20
     for path, steps in saver.steps.items():
-        resumed, again = fit(data, ckpt=path, **options)
-        assert resumed.seen == whole.seen[8 * steps :], path.name
-        assert again.global_step == trainer.global_step, path.name
-        assert again.current_epoch == trainer.current_epoch, path.name
-        assert resumed.weight.item() == whole.weight.item(), path.name
+        check(path, steps, data, whole, **options)
+
+
+@pytest.mark.parametrize("stop", [{"max_steps": 3}, {"max_steps": 5}, {"max_steps": 4}, {"max_epochs": 1}])
+def test_a_run_that_was_cut_short_can_be_extended(data: Path, tmp_path: Path, stop: dict[str, int]) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fit(data, callbacks=[saver], **stop)
+    whole = fit(data)
+    for path, steps in saver.steps.items():
+        check(path, steps, data, whole)
+
+
+@pytest.mark.parametrize(("workers", "later"), [(0, 2), (2, 0), (2, 2)])
+def test_read_ahead_is_not_training(data: Path, tmp_path: Path, workers: int, later: int) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    whole = fit(data, callbacks=[saver], num_workers=workers)
+    for steps in (1, 2, 5):
+        check(tmp_path / f"step={steps}.ckpt", steps, data, whole, num_workers=later)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("validation", ["never", "every_epoch"])
+def test_another_micro_batch(data: Path, tmp_path: Path, batch_size: int, accumulate: int, validation: str) -> None:
+    saver = SaveEverywhere(tmp_path)
+    whole = fit(data, callbacks=[saver], **VALIDATION[validation])
+    for path, steps in saver.steps.items():
+        check(path, steps, data, whole, batch_size=batch_size, accumulate=accumulate, **VALIDATION[validation])
+
+
+@pytest.mark.parametrize("fail_at", [0, 4, 16, 20, 28, 44])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_by_hand(data: Path, tmp_path: Path, fail_at: int, workers: int) -> None:
+    saver = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(SystemExit):
+        fit(data, callbacks=[saver], fail_at=fail_at, num_workers=workers)
+    check(Path(saver.ckpt_path), fail_at // 8, data, fit(data), num_workers=workers)
+
+
+def test_limited_epochs(data: Path, tmp_path: Path) -> None:
+    saver = SaveEverywhere(tmp_path)
+    whole = fit(data, callbacks=[saver], limit_train_batches=2)
+    assert len(whole[0].seen) == 24
+    for path, steps in saver.steps.items():
+        check(path, steps, data, whole, limit_train_batches=2)
+
+
+def test_fitting_again_goes_on(data: Path) -> None:
+    whole, _ = fit(data)
+    first, trainer = fit(data, max_steps=3)
+    datamodule = trainer.datamodule
+    trainer.fit_loop.epoch_loop.max_steps = 6
+    trainer.fit(first, datamodule)
+    assert first.seen == whole.seen
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"seq_len": 5}])
+def test_other_data_is_refused(data: Path, tmp_path: Path, other: dict[str, int]) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fit(data, callbacks=[saver], max_steps=1)
+    with pytest.raises(ValueError, match=r"trained with .*this run has .*same data, seq_len and seed"):
+        fit(data, ckpt=next(iter(saver.steps)), **other)
+
+
+def test_another_global_batch_is_refused_where_it_does_not_fit(data: Path, tmp_path: Path) -> None:
+    saver = SaveEverywhere(tmp_path)
+    fit(data, callbacks=[saver], max_steps=1)
+    with pytest.raises(ValueError, match=r"after 8 samples.*keep the global batch"):
+        fit(data, ckpt=list(saver.steps)[-1], accumulate=4)
+
+
+def test_validating_needs_no_position(data: Path, tmp_path: Path) -> None:
+    saver = SaveEverywhere(tmp_path)
+    module, _ = fit(data, callbacks=[saver], max_steps=1)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.validate(module, TokenDataModule(data, seq_len=3, batch_size=1), ckpt_path=list(saver.steps)[-1])
