@@ -1,6 +1,6 @@
 """The gated linear recurrence in PyTorch: blocks of tokens advance side by side, with a backward of its own.
 
-A row of T tokens is cut into about sqrt(T) blocks. One walk over the tokens of all blocks at once finds what each
+A row of T tokens is cut into blocks. One walk over the tokens of all blocks at once finds what each
 block does to the state that enters it (a product of gates and an increment), a short loop hands the states from
 block to block, and a second walk writes the outputs. The backward is the same walk in reverse. The state is fp32
 throughout, and the gate is recomputed from its logits where it is read, so none is ever stored.
@@ -45,8 +45,14 @@ def scan(
     return tuple(results[: len(streams)]), tuple(results[len(streams) :])
 
 
+# Tokens in a block where no chunk says it: the walks take so many steps, the hand-over from block to block T / BLOCK.
+BLOCK = 32
+# Numbers in the part of a tensor that is worked on at a time: 4 MiB in fp32.
+SLAB = 1 << 20
+
+
 class _Grid(NamedTuple):
-    """A piece of the rows as `count` blocks of `length` tokens: views of shape (B, count, length, ...)."""
+    """Some blocks of tokens side by side: views of shape (B, count, length, ...)."""
 
     logits: Tensor
     bias: Tensor | None
@@ -54,21 +60,42 @@ class _Grid(NamedTuple):
     keep: Tensor | None
     frozen: Tensor | None
 
-    def gate(self, token: int) -> Tensor:
-        logits = self.logits[:, :, token].to(_wide(self.logits))
+    def gate(self) -> Tensor:
+        """sigmoid(logits + bias) in the state's dtype; 1 where the state is frozen."""
+        logits = self.logits.to(_wide(self.logits))
         gate = torch.sigmoid(logits if self.bias is None else logits + self.bias)
-        return gate if self.frozen is None else gate.masked_fill_(self.frozen[:, :, token, None], 1.0)
+        return gate if self.frozen is None else gate.masked_fill_(self.frozen[..., None], 1.0)
 
-    def kept(self, state: Tensor, token: int) -> Tensor:
-        return state if self.keep is None else state * self.keep[:, :, token, None]
+    def decay(self, gate: Tensor) -> Tensor:
+        """What is left of the state before: the gate, or nothing at a restart."""
+        return gate if self.keep is None else gate * self.keep[..., None]
 
-    def tiled(self, stream: int, token: int) -> Tensor:
-        """One token of a stream, widened to the state's dtype and with a size-1 axis to tile it over the gate."""
-        return self.streams[stream][:, :, token, None].to(_wide(self.logits))
+    def part(self, start: int, stop: int) -> "_Grid":
+        """The blocks from `start` to `stop`."""
+        cut = slice(start, stop)
+        return _Grid(
+            self.logits[:, cut],
+            self.bias,
+            [y[:, cut] for y in self.streams],
+            None if self.keep is None else self.keep[:, cut],
+            None if self.frozen is None else self.frozen[:, cut],
+        )
+
+    def slabs(self) -> Iterator[slice]:
+        """Blocks whose tensors stay in cache between the passes over them."""
+        batch, count, length, width = self.logits.shape
+        step = max(1, SLAB // (batch * length * width))
+        for start in range(0, count, step):
+            yield slice(start, min(count, start + step))
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _split(x: Tensor, y: Tensor) -> Tensor:
+    """View the last axis of x as (tiles, width of y), to meet a stream that is tiled over the gate."""
+    return x.unflatten(-1, (-1, y.shape[-1]))
 
 
 def _pieces(length: int, block: int) -> Iterator[tuple[int, int, int]]:
@@ -78,10 +105,6 @@ def _pieces(length: int, block: int) -> Iterator[tuple[int, int, int]]:
         yield 0, full, block
     if rest:
         yield full * block, 1, rest
-
-
-def _block_length(length: int, chunk_size: int) -> int:
-    return chunk_size or min(length, 1 << max(3, round((length - 1).bit_length() / 2)))
 
 
 def _cut(x: Tensor, piece: tuple[int, int, int]) -> Tensor:
@@ -106,39 +129,47 @@ def _grid(
     )
 
 
-def _split(x: Tensor, y: Tensor) -> Tensor:
-    """View the last axis of x as (tiles, width of y)."""
-    return x.unflatten(-1, (-1, y.shape[-1]))
-
-
-def _advance(grid: _Grid, states: list[Tensor], outputs: list[Tensor] | None) -> tuple[list[Tensor], Tensor]:
-    """Walk the tokens of all blocks; return each block's last states and the product of its gates."""
-    product = torch.ones_like(states[0]) if outputs is None else states[0]
-    states = list(states)
-    for token in range(grid.logits.shape[2]):
-        gate = grid.gate(token)
-        if outputs is None:
-            product = grid.kept(product, token).mul_(gate) if grid.keep is not None else product.mul_(gate)
-        for i, state in enumerate(states):
-            y = grid.tiled(i, token)
-            args = y, _split(grid.kept(state, token), y), _split(gate, y)
-            if outputs is None:
-                states[i] = torch.lerp(*args).flatten(-2)
-            elif outputs[i].dtype == gate.dtype:
-                states[i] = outputs[i][:, :, token]
-                torch.lerp(*args, out=_split(states[i], y))
-            else:
-                states[i] = torch.lerp(*args).flatten(-2)
-                outputs[i][:, :, token] = states[i]
-    return states, product
-
-
 def _hand_over(first: Tensor, increments: Tensor, products: Tensor) -> Tensor:
     """What enters each block: x_0 = first, x_{c+1} = increment_c + product_c * x_c; all (B, count, D)."""
     entries = [first]
     for c in range(increments.shape[1] - 1):
         entries.append(torch.addcmul(increments[:, c], products[:, c], entries[-1]))
     return torch.stack(entries, dim=1)
+
+
+def _advance(grid: _Grid, states: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Walk the tokens of all blocks and write the outputs; return each block's last states (B, count, D)."""
+    gate = grid.gate()
+    for i, (y, out) in enumerate(zip(grid.streams, outputs, strict=True)):
+        y = y.to(gate.dtype)[..., None, :]
+        wide = out if out.dtype == gate.dtype else torch.empty_like(gate)
+        state = states[i]
+        for token in range(gate.shape[2]):
+            if grid.keep is not None:
+                state = state * grid.keep[:, :, token, None]
+            start = y[:, :, token]
+            target = wide[:, :, token]
+            torch.lerp(start, _split(state, start), _split(gate[:, :, token], start), out=_split(target, start))
+            state = target
+        if wide is not out:
+            out.copy_(wide)
+        states[i] = state
+    return states
+
+
+def _increments(grid: _Grid) -> tuple[list[Tensor], Tensor]:
+    """What each block does to the state that enters it: its increments (from zero) and the product of its gates."""
+    gate = grid.gate()
+    decay = grid.decay(gate)
+    product = decay.prod(2)
+    ends = []
+    for y in grid.streams:
+        inflow = (_split(1 - gate, y) * y[..., None, :]).flatten(-2)
+        end = inflow[:, :, 0]
+        for token in range(1, gate.shape[2]):
+            end = torch.addcmul(inflow[:, :, token], decay[:, :, token], end)
+        ends.append(end)
+    return ends, product
 
 
 @torch.library.custom_op("rat::scan", mutates_args=())
@@ -155,20 +186,27 @@ def _scan_op(
     zeros = logits.new_zeros(batch, width, dtype=_wide(logits))
     current = [s.to(zeros.dtype) for s in states] or [zeros] * len(streams)
     outputs = [torch.empty(logits.shape, dtype=y.dtype, device=y.device) for y in streams]
-    for piece in _pieces(length, _block_length(length, chunk_size)):
+    for piece in _pieces(length, chunk_size or BLOCK):
         grid = _grid(piece, logits, bias, streams, keep, frozen)
-        count = piece[1]
-        empty = [zeros[:, None].expand(-1, count, -1)] * len(streams)
-        if chunk_size:
-            entries = empty
-        elif count == 1:
-            entries = [s[:, None] for s in current]
-        else:
-            ends, product = _advance(grid, empty, None)
-            entries = [_hand_over(s, end, product) for s, end in zip(current, ends, strict=True)]
-        last, _ = _advance(grid, entries, [_cut(out, piece) for out in outputs])
-        current = [s[:, -1] for s in last]
+        targets = [_cut(out, piece) for out in outputs]
+        entries = _entries(grid, current, chunk_size)
+        for slab in grid.slabs():
+            part = grid.part(slab.start, slab.stop)
+            last = _advance(part, [e[:, slab] for e in entries], [t[:, slab] for t in targets])
+            current = [s[:, -1] for s in last]
     return outputs + [s.to(zeros.dtype, copy=True) for s in current]
+
+
+def _entries(grid: _Grid, current: list[Tensor], chunk_size: int) -> list[Tensor]:
+    """The state that enters each block of a piece, (B, count, D) for each stream."""
+    count = grid.logits.shape[1]
+    if chunk_size:
+        return [torch.zeros_like(s)[:, None].expand(-1, count, -1) for s in current]
+    if count == 1:
+        return [s[:, None] for s in current]
+    parts = [_increments(grid.part(slab.start, slab.stop)) for slab in grid.slabs()]
+    product = torch.cat([p for _, p in parts], dim=1)
+    return [_hand_over(s, torch.cat([ends[i] for ends, _ in parts], dim=1), product) for i, s in enumerate(current)]
 
 
 @_scan_op.register_fake
@@ -190,54 +228,59 @@ def _retreat(
     grid: _Grid,
     grads: list[Tensor],
     carries: list[Tensor],
-    before: list[Tensor | None],
     outputs: list[Tensor],
     into: tuple[Tensor, list[Tensor]],
 ) -> tuple[list[Tensor], Tensor]:
     """Walk the tokens of all blocks backwards and write the gradients of logits and streams.
 
-    `carries` is the gradient that enters each block from the right, `before` the state that entered it from the
-    left (None: zero). Returns what leaves each block to the left, and the gradient of the gate's bias (D,).
+    `carries` is the gradient that enters each block from the right. Returns what leaves each block to the left, and
+    the gradient of the gate's bias (D,). With a = ds_t + (what the next token hands back), dy = a (1 - g) and, as
+    g (s_{t-1} - y_t) = s_t - y_t, the logit's gradient is a (1 - g) (s_t - y_t): no state before is needed.
     """
-    carries = list(carries)
-    grad_bias = torch.zeros_like(carries[0][0, 0])
-    for token in reversed(range(grid.logits.shape[2])):
-        gate = grid.gate(token)
-        open_ = 1 - gate
-        grad_gate = torch.zeros_like(gate)
-        for i, carry in enumerate(carries):
-            y = grid.tiled(i, token)
-            grad = carry + grads[i][:, :, token]
-            previous = outputs[i][:, :, token - 1] if token else before[i]
-            if previous is not None:
-                grad_gate.addcmul_(grad, grid.kept(previous.to(grad.dtype), token))
-            _split(grad_gate, y).sub_(_split(grad, y) * y)
-            into[1][i][:, :, token] = _split(grad * open_, y).sum(2)
-            carries[i] = grid.kept(grad.mul_(gate), token)
-        grad_logits = grad_gate.mul_(gate).mul_(open_)
-        into[0][:, :, token] = grad_logits
-        grad_bias += grad_logits.sum((0, 1))
-    return carries, grad_bias
+    gate = grid.gate()
+    decay = grid.decay(gate)
+    grad_logits = torch.zeros_like(gate)
+    leaving = []
+    for i, (y, out) in enumerate(zip(grid.streams, outputs, strict=True)):
+        total = torch.empty_like(gate)
+        carry = carries[i]
+        for token in reversed(range(gate.shape[2])):
+            torch.add(grads[i][:, :, token], carry, out=total[:, :, token])
+            carry = total[:, :, token] * decay[:, :, token]
+        leaving.append(carry)
+        inflow = total.addcmul_(total, gate, value=-1)
+        change = _split(out.to(gate.dtype), y) - y[..., None, :]
+        _split(grad_logits, y).addcmul_(_split(inflow, y), change)
+        into[1][i].copy_(_split(inflow, y).sum(-2) if y.shape[-1] < gate.shape[-1] else inflow)
+    into[0].copy_(grad_logits)
+    return leaving, grad_logits.sum((0, 1, 2))
 
 
 def _carries_alone(grid: _Grid, grads: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     """What each block sends to its left when nothing enters from the right, and the product of its gates."""
-    carries = [torch.zeros_like(g[:, :, 0], dtype=_wide(g)) for g in grads]
-    product = torch.ones_like(carries[0])
-    for token in reversed(range(grid.logits.shape[2])):
-        gate = grid.gate(token)
-        product = grid.kept(product.mul_(gate), token)
-        carries = [grid.kept((c + g[:, :, token]).mul_(gate), token) for c, g in zip(carries, grads, strict=True)]
-    return carries, product
+    decay = grid.decay(grid.gate())
+    carries = []
+    for grad in grads:
+        carry = grad[:, :, -1] * decay[:, :, -1]
+        for token in reversed(range(decay.shape[2] - 1)):
+            carry = (carry + grad[:, :, token]).mul_(decay[:, :, token])
+        carries.append(carry)
+    return carries, decay.prod(2)
 
 
-def _states_before(piece: tuple[int, int, int], output: Tensor, first: Tensor | None) -> Tensor:
-    """The state that entered each block of a piece: (B, count, D)."""
-    start, count, length = piece
-    inner = output[:, start + length - 1 : start + (count - 1) * length : length]
-    head = output[:, start - 1] if start else first
-    head = torch.zeros_like(output[:, 0]) if head is None else head
-    return torch.cat([head[:, None].to(_wide(output)), inner.to(_wide(output))], dim=1)
+def _entering_right(grid: _Grid, grads: list[Tensor], last: list[Tensor], chunk_size: int) -> list[Tensor]:
+    """The gradient that enters each block of a piece from the right, (B, count, D) for each stream."""
+    count = grid.logits.shape[1]
+    if chunk_size:
+        return [torch.cat([e.new_zeros(e.shape[0], count - 1, e.shape[1]), e[:, None]], 1) for e in last]
+    if count == 1:
+        return [e[:, None] for e in last]
+    parts = [_carries_alone(grid.part(s.start, s.stop), [g[:, s] for g in grads]) for s in grid.slabs()]
+    product = torch.cat([p for _, p in parts], dim=1).flip(1)
+    return [
+        _hand_over(e, torch.cat([alone[i] for alone, _ in parts], dim=1).flip(1), product).flip(1)
+        for i, e in enumerate(last)
+    ]
 
 
 @torch.library.custom_op("rat::scan_backward", mutates_args=())
@@ -247,36 +290,30 @@ def _scan_backward_op(
     logits: Tensor,
     streams: list[Tensor],
     bias: Tensor | None,
-    states: list[Tensor],
     keep: Tensor | None,
     frozen: Tensor | None,
     outputs: list[Tensor],
     chunk_size: int,
 ) -> list[Tensor]:
-    length = logits.shape[1]
     into = torch.empty_like(logits), [torch.empty_like(y) for y in streams]
     grad_bias = logits.new_zeros(logits.shape[-1], dtype=_wide(logits))
     entering = list(grad_finals)
-    for piece in reversed(list(_pieces(length, _block_length(length, chunk_size)))):
-        count = piece[1]
+    for piece in reversed(list(_pieces(logits.shape[1], chunk_size or BLOCK))):
         grid = _grid(piece, logits, bias, streams, keep, frozen)
-        grads = [_cut(g, piece) for g in grad_outputs]
-        before: list[Tensor | None] = [None] * len(streams)
-        if chunk_size:
-            carries = [torch.cat([e.new_zeros(e.shape[0], count - 1, e.shape[1]), e[:, None]], 1) for e in entering]
-        else:
-            firsts: list[Tensor | None] = list(states) or [None] * len(streams)
-            before = [_states_before(piece, o, s) for o, s in zip(outputs, firsts, strict=True)]
-            carries = [e[:, None] for e in entering]
-            if count > 1:
-                alone, product = _carries_alone(grid, grads)
-                flipped = product.flip(1)
-                carries = [_hand_over(e, a.flip(1), flipped).flip(1) for e, a in zip(entering, alone, strict=True)]
-        target = _cut(into[0], piece), [_cut(g, piece) for g in into[1]]
-        leaving, piece_bias = _retreat(grid, grads, carries, before, [_cut(o, piece) for o in outputs], target)
-        grad_bias += piece_bias
-        entering = [torch.zeros_like(c[:, 0]) if chunk_size else c[:, 0] for c in leaving]
-    return [into[0], *into[1], grad_bias, *(e.contiguous() for e in entering)]
+        grads, states = ([_cut(x, piece) for x in xs] for xs in (grad_outputs, outputs))
+        target, targets = _cut(into[0], piece), [_cut(g, piece) for g in into[1]]
+        carries = _entering_right(grid, grads, entering, chunk_size)
+        for slab in reversed(list(grid.slabs())):
+            leaving, slab_bias = _retreat(
+                grid.part(slab.start, slab.stop),
+                [g[:, slab] for g in grads],
+                [c[:, slab] for c in carries],
+                [s[:, slab] for s in states],
+                (target[:, slab], [t[:, slab] for t in targets]),
+            )
+            grad_bias += slab_bias
+            entering = [torch.zeros_like(c[:, 0]) if chunk_size else c[:, 0] for c in leaving]
+    return [into[0], *into[1], grad_bias, *(e.clone() for e in entering)]
 
 
 @_scan_backward_op.register_fake
@@ -286,7 +323,6 @@ def _(
     logits: Tensor,
     streams: list[Tensor],
     bias: Tensor | None,
-    states: list[Tensor],
     keep: Tensor | None,
     frozen: Tensor | None,
     outputs: list[Tensor],
@@ -299,10 +335,10 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     logits, streams, bias, states, keep, frozen, ctx.chunk_size = inputs
-    ctx.num_streams, ctx.num_states = len(streams), len(states)
+    ctx.num_streams, ctx.has_states = len(streams), bool(states)
     ctx.optional = [x is not None for x in (bias, keep, frozen)]
     present = [x for x in (bias, keep, frozen) if x is not None]
-    ctx.save_for_backward(logits, *streams, *states, *output[: len(streams)], *present)
+    ctx.save_for_backward(logits, *streams, *output[: len(streams)], *present)
 
 
 def _backward(ctx, grads):  # type: ignore[no-untyped-def]
@@ -310,18 +346,17 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
     n = ctx.num_streams
     logits = next(saved)
     streams = [next(saved) for _ in range(n)]
-    states = [next(saved) for _ in range(ctx.num_states)]
     outputs = [next(saved) for _ in range(n)]
     bias, keep, frozen = (next(saved) if present else None for present in ctx.optional)
     grad_logits, *rest = _scan_backward_op(
-        list(grads[:n]), list(grads[n:]), logits, streams, bias, states, keep, frozen, outputs, ctx.chunk_size
+        list(grads[:n]), list(grads[n:]), logits, streams, bias, keep, frozen, outputs, ctx.chunk_size
     )
     grad_streams, grad_bias, grad_states = rest[:n], rest[n], rest[n + 1 :]
     return (
         grad_logits,
         grad_streams,
         None if bias is None else grad_bias.to(bias.dtype),
-        grad_states if states else [],
+        grad_states if ctx.has_states else [],
         None,
         None,
         None,
