@@ -59,11 +59,11 @@ def validation_pairs(datamodule: TokenDataModule) -> Pairs:
 
 def collect_pairs(batches: Iterable[dict[str, Tensor]]) -> Pairs:
     """The pairs of `batches` as the model gets them (`input_ids` and `labels`, (B, T) int64 each)."""
-    kept = []
+    parts = [Pairs(np.empty(0, np.int64), np.empty(0, np.int64))]
     for batch in batches:
         inputs, labels = batch["input_ids"].numpy().ravel(), batch["labels"].numpy().ravel()
-        kept.append((inputs[labels != IGNORED], labels[labels != IGNORED]))
-    return Pairs(*(np.concatenate([np.empty(0, np.int64), *parts]) for parts in zip(*kept, strict=True)))
+        parts.append(Pairs(inputs[labels != IGNORED], labels[labels != IGNORED]))
+    return Pairs(np.concatenate([part.inputs for part in parts]), np.concatenate([part.targets for part in parts]))
 
 
 def ngram_baselines(train: Pairs, validation: Pairs, vocab_size: int) -> NgramBaselines:

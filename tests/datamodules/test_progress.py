@@ -206,3 +206,20 @@ def test_validating_needs_no_position(data: Path, tmp_path: Path) -> None:
     module, _ = fit(data, callbacks=[saver], max_steps=1)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.validate(module, TokenDataModule(data, seq_len=3, batch_size=1), ckpt_path=list(saver.steps)[-1])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_ranks(data: Path, tmp_path: Path, before: int, after: int) -> None:
+    ranks: dict[int, dict[str, Any]] = {
+        1: {"accumulate": 2},
+        2: {"accumulate": 1, "devices": 2, "strategy": "ddp_fork"},
+    }
+    fit(data, callbacks=[SaveEverywhere(tmp_path)], max_steps=3, **ranks[before])
+    (path,) = tmp_path.glob("*-train_end.ckpt")
+    whole, reference = fit(data)
+    resumed, trainer = fit(data, ckpt=path, **ranks[after])
+    if after == 1:
+        assert resumed.seen == whole.seen[24:]
+        assert trainer.global_step == reference.global_step
+    # the weight remembers every sample and the step it was in; of two ranks only that comes back
+    assert resumed.weight.item() == pytest.approx(whole.weight.item(), rel=1e-6)
