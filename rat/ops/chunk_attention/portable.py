@@ -19,9 +19,10 @@ from torch import Tensor
 from rat.ops.chunk_attention.ends import Ends
 from rat.ops.rotary.portable import angles, turn
 
-# Logits of one block: 2 MiB in fp32 stay in the cache of a core between the passes of a softmax.
+# Logits of one block: 4 MiB in fp32 stay in cache between the passes of a softmax.
 BLOCK_LOGITS = 1 << 20
-FEWEST_ROWS = 64
+# Fewer rows starve the matrix product; more of them multiply what the mask then hides.
+FEWEST_ROWS, MOST_ROWS = 64, 512
 
 
 def chunk_attention(
@@ -71,9 +72,9 @@ class _Call(NamedTuple):
         budget = BLOCK_LOGITS // heads
         start = 0
         while start < length:
-            if self.regular:  # the largest R with R * (start + R) / L logits in the budget
+            if self.regular:  # the largest R with R * (start + R) / L logits in the budget, in whole chunks
                 rows = int((start * start + 4 * step * budget) ** 0.5 - start) // 2
-                rows = max(1, max(FEWEST_ROWS, rows) // step) * step
+                rows = max(1, min(max(FEWEST_ROWS, rows), MOST_ROWS) // step) * step
             else:
                 rows = max(FEWEST_ROWS, budget // (ends + 1))
             stop = min(length, start + rows)
@@ -101,15 +102,16 @@ def _mask(call: _Call, rows: slice, seen: int) -> tuple[int, Tensor]:
 
 
 def _queries(call: _Call, rows: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """A block's queries, rotated, scaled and tiled over the heads: (B * H, R, d); and the angles."""
+    """A block's queries, rotated, scaled and tiled over the heads: (B * H, R, d); and the (scaled) angles."""
     q = call.q[:, rows]
     turned = None
     if call.rope_base:
-        turned = angles(call.chunk[:, rows], q.shape[-1], call.rope_base, q.dtype)
-        q = turn(q, *turned)
+        cos, sin = angles(call.chunk[:, rows], q.shape[-1], call.rope_base, q.dtype)
+        turned = cos * call.scale, sin * call.scale
+    q = q * call.scale if turned is None else turn(q, *turned)
     batch, length, groups, width = q.shape
     tiles = call.k.shape[2] // groups
-    q = (q * call.scale).transpose(1, 2)[:, None]
+    q = q.transpose(1, 2)[:, None]
     return q.expand(batch, tiles, groups, length, width).reshape(-1, length, width), turned
 
 
@@ -196,15 +198,14 @@ def _block_backward(call: _Call, rows: slice, seen: int, grad: Tensor, into: _Gr
     batch, _, heads, _ = call.k.shape
     groups = call.q.shape[2]
     grad_q = torch.bmm(grad_s[..., :seen], keys).unflatten(0, (batch, -1, groups)).sum(1).transpose(1, 2)
-    if turned is not None:
-        grad_q = turn(grad_q, turned[0], -turned[1])
+    grad_q = grad_q * call.scale if turned is None else turn(grad_q, turned[0], -turned[1])
     own_p, own_s = (
         x[..., seen].unflatten(0, (batch, heads)).mT[..., None] * f for x, f in ((p, 1.0), (grad_s, call.scale))
     )
     torch.mul(grad[:, rows], own_p, out=into.v[:, rows])
     own_s = call.tiled(own_s)
     torch.mul(call.q[:, rows, None], own_s, out=call.tiled(into.k[:, rows]))
-    into.q[:, rows] = (call.tiled(call.k[:, rows]) * own_s).sum(2).add_(grad_q, alpha=call.scale)
+    into.q[:, rows] = (call.tiled(call.k[:, rows]) * own_s).sum(2).add_(grad_q)
 
 
 @torch.library.custom_op("rat::chunk_attention_backward", mutates_args=())
