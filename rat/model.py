@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, final norm, tied head. Architecture and nothing else."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ class CausalLM(Pretrained, Generator):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(MIXERS[name](config), config.norm_eps) for name in config.layer_names())
+        blocks = nn.ModuleList(Block(MIXERS[name](config), config.norm_eps) for name in config.layer_names())
+        self.layers: Sequence[Block] = blocks  # type: ignore[assignment]
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         initialize(self, config.init_std)
 
