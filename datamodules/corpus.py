@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import platform
+import signal
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -110,8 +111,15 @@ def _read_all(modules: list[Module], num_workers: int) -> Iterator[list[str]]:
         return
     # spawned, because a fork would inherit the threads of the tokenizer or of torch; parsing makes many
     # objects and no cycles, so that looking for garbage is a fifth of the time
-    with multiprocessing.get_context("spawn").Pool(num_workers, initializer=gc.disable) as pool:
+    with multiprocessing.get_context("spawn").Pool(num_workers, initializer=_start_worker) as pool:
         yield from show(pool.imap(docstrings, paths, chunksize=32))
+
+
+def _start_worker() -> None:
+    # parsing makes many objects and no cycles: looking for garbage would be a fifth of the time
+    gc.disable()
+    # Ctrl-C is for the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _root(package: str) -> Path:

@@ -83,6 +83,8 @@ def prepare(
         else:
             shutil.copyfile(_json_of(tokenizer), partial / "tokenizer.json")
         counts = _write_splits(documents(), given, partial)
+        for split in counts:
+            TokenShards(partial / split).verify()
         (partial / _RECORD).write_text(json.dumps({"made_with": made_with, "counts": counts}, indent=1) + "\n")
         _replace(partial, output)
     except BaseException:

@@ -14,10 +14,11 @@ from lightning.pytorch.loops.progress import _Progress
 
 
 class Position(NamedTuple):
-    """An epoch, and how many of its micro batches (on every rank) have been trained on."""
+    """An epoch, how many of its micro batches (on every rank) have been trained on, and of all epochs together."""
 
     epoch: int
     micro_batches: int
+    total: int
 
 
 def get_position(trainer: Trainer) -> Position:
@@ -28,33 +29,28 @@ def get_position(trainer: Trainer) -> Position:
     short is not finished, one that the model chose to leave (`on_train_batch_start` returned -1) is.
     """
     epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-    epoch, done = epochs.processed, batches.current.processed
+    epoch, done, total = epochs.processed, batches.current.processed, batches.total.processed
     # the last batch is known as such before it is trained on
     left = batches.is_last_batch and done == batches.current.ready
     finished = left or done >= trainer.fit_loop.max_batches
     if epochs.started == epochs.processed:
         if finished or not done:
-            return Position(epoch, 0)
+            return Position(epoch, 0, total)
         epoch -= 1
     elif finished:
-        return Position(epoch + 1, 0)
-    return Position(epoch, done // trainer.accumulate_grad_batches * trainer.accumulate_grad_batches)
+        return Position(epoch + 1, 0, total)
+    lost = done % trainer.accumulate_grad_batches
+    return Position(epoch, done - lost, total - lost)
 
 
-def set_position(trainer: Trainer, position: Position, total_micro_batches: int) -> None:
-    """Make a Trainer that is about to fit go on from `position`.
-
-    Args:
-        trainer: with its loops restored, asking for its training loader.
-        position: in micro batches of this run.
-        total_micro_batches: trained on in all epochs together.
-    """
+def set_position(trainer: Trainer, position: Position) -> None:
+    """Make a Trainer whose loops are restored, and which asks for its training loader, go on from `position`."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    epoch, done = position
+    epoch, done, total = position
     # the state of a checkpoint written in on_train_batch_end: Lightning completes the batch and goes on
     inside = int(done > 0)
     _set(fit.epoch_progress, epoch, epoch, started=epoch + inside, completed=epoch)
-    _set(loop.batch_progress, done, total_micro_batches, completed=done - inside)
+    _set(loop.batch_progress, done, total, completed=done - inside)
     loop.batch_progress.is_last_batch = False
     fit.restarting = bool(inside)
     # with max_steps Lightning reads every restart as one in the middle of an epoch

@@ -80,13 +80,12 @@ class TokenShards:
     Args:
         path: a folder with an index, one of its files, a raw uint16 file, or a folder of raw `.bin` files.
         tokenizer_sha256: if given, the tokenizer the shards must have been made with.
-        verify: also read everything once and compare checksums.
 
     Raises:
-        ShardError: nothing there, a truncated or foreign file, another tokenizer, a wrong checksum.
+        ShardError: nothing there, a truncated or foreign file, another tokenizer.
     """
 
-    def __init__(self, path: str | Path, *, tokenizer_sha256: str | None = None, verify: bool = False) -> None:
+    def __init__(self, path: str | Path, *, tokenizer_sha256: str | None = None) -> None:
         self.path = Path(path)
         self.folder, self.index = _find(self.path)
         self.dtype = np.dtype(self.index.dtype).newbyteorder("<")
@@ -94,8 +93,6 @@ class TokenShards:
         self._offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._mapped: list[NDArray[Any]] | None = None
         self._check(tokenizer_sha256)
-        if verify:
-            self.verify()
 
     @property
     def num_tokens(self) -> int:

@@ -35,6 +35,7 @@ class TokenDataModule(LightningDataModule):
         eos_id: token that ends a document. Default: what the index says, or 2 for raw files.
         vocab_size: for raw files, whose vocabulary nothing tells; otherwise the index knows.
         mask_documents: add `document_ids` to the batch, so that a model keeps documents apart.
+        verify_checksums: read all shards once before the start, and compare them with their checksums.
 
     Raises:
         ValueError: arguments that do not fit each other, the Trainer, or the checkpoint.
@@ -55,6 +56,7 @@ class TokenDataModule(LightningDataModule):
         eos_id: int | None = None,
         vocab_size: int | None = None,
         mask_documents: bool = False,
+        verify_checksums: bool = False,
     ) -> None:
         super().__init__()
         if path is None and train_path is None and val_path is None:
@@ -70,6 +72,7 @@ class TokenDataModule(LightningDataModule):
         }
         self.seq_len, self.batch_size, self.global_batch_size = seq_len, batch_size, global_batch_size
         self.seed, self.num_workers, self.mask_documents = seed, num_workers, mask_documents
+        self.verify_checksums = verify_checksums
         self._eos_id, self._vocab_size = eos_id, vocab_size
         self._datasets: dict[str, TokenDataset] = {}
         self._resume: dict[str, int] | None = None
@@ -129,6 +132,12 @@ class TokenDataModule(LightningDataModule):
             rank=world["rank"], world_size=world["num_replicas"], seed=self.seed, epoch=epoch, start=start,
         )  # fmt: skip
 
+    def prepare_data(self) -> None:
+        """Compare the shards with their checksums, if asked to, once on every node."""
+        for path in self._paths.values() if self.verify_checksums else ():
+            if path is not None:
+                TokenShards(path).verify()
+
     def setup(self, stage: str) -> None:
         """Open the shards that `stage` needs; refuse a Trainer that would put its own sampler in the way."""
         trainer = self.trainer
@@ -169,14 +178,12 @@ class TokenDataModule(LightningDataModule):
         """What a checkpoint keeps: the data's identity, and the samples trained on (over all ranks)."""
         if self.trainer is None or "train" not in self._datasets:
             return {}
-        step = self._samples_per_micro_step()
-        epoch, done = get_position(self.trainer)
-        trained = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        step, position = self._samples_per_micro_step(), get_position(self.trainer)
         return {
             **self._identity(),
-            "epoch": epoch,
-            "samples_consumed": done * step,
-            "samples_in_all_epochs": trained * step,
+            "epoch": position.epoch,
+            "samples_consumed": position.micro_batches * step,
+            "samples_in_all_epochs": position.total * step,
         }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -200,15 +207,13 @@ class TokenDataModule(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         """The epoch and the sample to go on from; the Trainer's counters are made to agree."""
         assert self.trainer is not None
-        step, position, total = self._samples_per_micro_step(), get_position(self.trainer), None
-        if self._resume is not None:
-            position = Position(self._resume["epoch"], self._resume["samples_consumed"] // step)
-            total = self._resume["samples_in_all_epochs"] // step
-            self._resume = None
-        elif position.micro_batches:
-            total = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        if total is not None:
-            set_position(self.trainer, position, total)
+        step, position, state = self._samples_per_micro_step(), get_position(self.trainer), self._resume
+        if state is not None:
+            consumed, total = state["samples_consumed"], state["samples_in_all_epochs"]
+            position = Position(state["epoch"], consumed // step, total // step)
+        if state is not None or position.micro_batches:
+            set_position(self.trainer, position)
+        self._resume = None
         return position.epoch, position.micro_batches * step
 
     def _identity(self) -> dict[str, int]:

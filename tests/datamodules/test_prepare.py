@@ -44,7 +44,7 @@ def test_shards_hold_the_text(source: Path, tmp_path: Path, capsys: pytest.Captu
     train, val = decoded(tmp_path / "out", "train"), decoded(tmp_path / "out", "val")
     assert sorted(train + val) == sorted(TEXTS)
     assert 4 <= len(val) <= 25
-    shards = TokenShards(tmp_path / "out" / "val", verify=True)
+    shards = TokenShards(tmp_path / "out" / "val")
     assert shards.index.tokenizer_sha256 == fingerprint(tmp_path / "out" / "tokenizer.json")
     assert shards.bytes_per_token == sum(len(text.encode()) for text in val) / shards.num_tokens
     assert sum(file.num_chars or 0 for file in shards.index.files) == sum(map(len, val))
@@ -79,7 +79,7 @@ def test_damage_needs_overwrite(source: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"it is damaged \(.*shard-00000.bin has 0 bytes"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", overwrite=True)
-    TokenShards(tmp_path / "out" / "train", verify=True)
+    TokenShards(tmp_path / "out" / "train").verify()
 
 
 def test_a_strangers_folder_is_never_replaced(source: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Recorder(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.seen: list[int] = []
+        self.validated: list[int] = []
         self.fail_at: int | None = None
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
@@ -30,6 +31,10 @@ class Recorder(LightningModule):
         samples = batch["input_ids"][:, 0] // SEQ_LEN
         self.seen += samples.tolist()
         return (self.weight - samples.float() / SAMPLES).square().mean()
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated.append(self.global_step)
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         self.log("val", batch["input_ids"].float().mean())
@@ -109,6 +114,7 @@ VALIDATION: dict[str, dict[str, Any]] = {
     "never": {"limit_val_batches": 0},
     "every_epoch": {},
     "every_step": {"val_check_interval": 2},
+    "over_epochs": {"val_check_interval": 6, "check_val_every_n_epoch": None},
 }
 
 
@@ -118,7 +124,12 @@ def check(path: Path, steps: int, data: Path, whole: tuple[Recorder, Trainer], *
     assert resumed.seen == whole[0].seen[8 * steps :], path.name
     assert resumed.weight.item() == pytest.approx(whole[0].weight.item(), rel=1e-6), path.name
     assert trainer.global_step == whole[1].global_step, path.name
+    # a validation that was due just when the checkpoint was written may be left out
+    later = [[step for step in run.validated if step > steps] for run in (resumed, whole[0])]
+    assert later[0] == later[1], path.name
     if resumed.seen:
+        logged = [run.fit_loop.epoch_loop._batches_that_stepped for run in (trainer, whole[1])]
+        assert logged[0] == logged[1], path.name
         assert trainer.current_epoch == whole[1].current_epoch, path.name
 
 

@@ -119,9 +119,9 @@ def test_a_changed_byte_is_found_on_request(tmp_path: Path) -> None:
     write(tmp_path / "a", list(range(11)))
     with (tmp_path / "a" / "shard-00002.bin").open("r+b") as stream:
         stream.write(b"\x07")
-    TokenShards(tmp_path / "a")
+    shards = TokenShards(tmp_path / "a")
     with pytest.raises(ShardError, match=r"shard-00002.bin does not match its checksum"):
-        TokenShards(tmp_path / "a", verify=True)
+        shards.verify()
 
 
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,15 @@ def test_data_that_is_missing_or_too_small_is_named(counting: Make, tmp_path: Pa
         TokenDataModule(train_path=tmp_path).setup("validate")
 
 
+def test_checksums_are_compared_on_request(counting: Make) -> None:
+    data = counting(89, 30)
+    with (data / "val" / "shard-00000.bin").open("r+b") as stream:
+        stream.write(b"\x07")
+    TokenDataModule(data).prepare_data()
+    with pytest.raises(ShardError, match=r"val/shard-00000.bin does not match its checksum"):
+        TokenDataModule(data, verify_checksums=True).prepare_data()
+
+
 def test_splits_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
     for split, letter in (("train", "a"), ("val", "b")):
         with ShardWriter(tmp_path / split, vocab_size=9, eos_id=0, tokenizer_sha256=letter * 64) as writer:
