@@ -1,0 +1,140 @@
+"""What happens beside training: checkpoints, the exported model, throughput, and a look at the gates."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from rat.benchmarks.timing import gemm_rate
+from rat.layers import GatedMixer
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are whole or not there, whenever the process is killed.
+
+    Lightning's own writes to the temporary folder and moves, which is a copy where that is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write beside `path`, then rename."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """`last.ckpt` in the run's folder, every n optimiser steps and at the end; `--ckpt_path last` resumes from it.
+
+    Args:
+        every_n_train_steps: how much work an interruption may cost, in optimiser steps.
+        dirpath: where, if not in the folder `checkpoints` of the logger's.
+    """
+
+    def __init__(self, every_n_train_steps: int = 1000, dirpath: Path | None = None) -> None:
+        super().__init__(
+            dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
+        )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last step too, wherever it falls."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class ExportModel(Callback):
+    """Write the trained model for `CausalLM.from_pretrained` and `cli.py generate`, when training ends.
+
+    Args:
+        folder: where model.safetensors and config.json go.
+        tokenizer: a tokenizer.json to put beside them.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Export from rank 0."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            pl_module.model.save_pretrained(self.folder)
+            if self.tokenizer is not None:
+                shutil.copyfile(self.tokenizer, self.folder / "tokenizer.json")
+
+
+class Throughput(ThroughputMonitor):
+    """Lightning's monitor, counting tokens: train/device/items_per_sec are tokens/s, train/device/mfu is the
+    utilisation in model FLOPs (recomputed activations do not count).
+
+    Where Lightning does not know the device's peak (every CPU), the rate of a large matrix product in the compute
+    dtype, measured at the start, takes its place.
+
+    Args:
+        window_size: micro batches over which rates are averaged; nothing is logged before that many.
+    """
+
+    def __init__(self, window_size: int = 20) -> None:
+        super().__init__(
+            batch_size_fn=lambda batch: len(batch["input_ids"]),
+            length_fn=lambda batch: batch["input_ids"].numel(),
+            window_size=window_size,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out what the device can do."""
+        super().setup(trainer, pl_module, stage)
+        if self.available_flops is None:
+            dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
+            self.available_flops = int(gemm_rate(dtype, trainer.strategy.root_device))
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.available_flops
+
+
+class MemoryLengthHistogram(Callback):
+    """TensorBoard histograms of memory_length/layer_NN: how many tokens back each channel's gate remembers.
+
+    It is 1 / (1 - g) over one sequence and all channels, cut at its length T: further back there is nothing.
+
+    Args:
+        every_n_steps: optimiser steps between two looks.
+    """
+
+    def __init__(self, every_n_steps: int = 100) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._watched: dict[int, GatedMixer] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask the layers to keep their gates in the step that logs."""
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+            return
+        layers = enumerate(pl_module.model.layers)
+        self._watched = {i: layer.mixer for i, layer in layers if isinstance(layer.mixer, GatedMixer)}
+        for mixer in self._watched.values():
+            mixer.watched = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write the histograms, and let go of the gates."""
+        for i, mixer in self._watched.items():
+            lengths = mixer.memory_length()[0]
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_histogram(
+                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), trainer.global_step
+                    )
+            mixer.watched, mixer.gate_logits = False, None
+        self._watched = {}

@@ -1,0 +1,185 @@
+"""The LightningModule for language modelling."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from lightning_modules.schedule import OptimizerConfig, accumulation, adamw
+from rat import CausalLM, ModelConfig
+from rat.checkpoint import differences
+from rat.ops import set_backend
+
+Batch = dict[str, Tensor]
+IGNORED = -100
+MODEL_CONFIG = "model_config"
+# Fields that say how weights start, and nothing about what a trained model computes.
+_INITIAL = ("init_std", "max_seq_len")
+
+
+class LanguageModel(LightningModule):
+    """Next-token prediction with a `CausalLM`, in any precision that the Trainer is given.
+
+    A batch is a dict of (B, T) int64 tensors: `input_ids`; `labels`, shifted already, -100 where a target does not
+    count; and `document_ids`, if packed documents are to be kept apart.
+
+    Logged: train/loss (nats per token, over the micro batches of the step), train/lr, train/grad_norm (before
+    clipping), train/tokens (seen so far); {val,test}/loss, /perplexity, weighted by tokens over all devices, and
+    /bits_per_byte where the data module knows `val_bytes_per_token`.
+
+    Args:
+        model: the architecture.
+        optimizer: AdamW and its schedule.
+        global_batch_size: sequences of an optimiser step, over all devices; the Trainer's accumulation follows from
+            it and the data module's `batch_size`. null leaves the Trainer's accumulation as it is.
+        kernel_backend: which implementation of `rat.ops` runs.
+        compile: compile the model with torch.compile.
+        activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
+        init_from: a folder of `save_pretrained` or a released .pth, whose weights training starts from.
+
+    Raises:
+        ValueError: in setup, if the data's vocabulary does not fit the model's, or batch_size not global_batch_size;
+            on loading, if a checkpoint holds another architecture.
+    """
+
+    flops_per_batch: int
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        optimizer: OptimizerConfig | None = None,
+        global_batch_size: int | None = None,
+        kernel_backend: Literal["auto", "reference", "portable"] = "auto",
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+        init_from: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = model
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.global_batch_size = global_batch_size
+        self.kernel_backend = kernel_backend
+        self.compile_model = compile
+        self.activation_checkpointing = activation_checkpointing
+        self.init_from = init_from
+        self.model: CausalLM | None = None
+        # Without nan_strategy every update would wait for the device.
+        self.train_nll, self.val_nll, self.test_nll = (
+            MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in range(3)
+        )
+
+    def setup(self, stage: str) -> None:
+        """Check the data against the model, and turn the global batch into accumulation."""
+        set_backend(self.kernel_backend)
+        data = getattr(self.trainer, "datamodule", None)
+        vocab_size = getattr(data, "vocab_size", None)
+        if vocab_size is not None and vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the data has {vocab_size} token ids, the model only {self.config.vocab_size}:"
+                f" set model.model.vocab_size to {vocab_size}"
+            )
+        if stage == "fit" and self.global_batch_size is not None:
+            batch_size = getattr(data, "batch_size", None)
+            if batch_size is None:
+                raise ValueError("global_batch_size needs a data module with a batch_size: give one, or set it to null")
+            steps = accumulation(self.global_batch_size, batch_size, self._data_parallel_size())
+            self.trainer.accumulate_grad_batches = steps
+
+    def configure_model(self) -> None:
+        """Build the model, once; a context of the strategy decides where its weights lie."""
+        if self.model is not None:
+            return
+        if self.init_from is None:
+            self.model = CausalLM(self.config)
+        else:
+            self.model = CausalLM.from_pretrained(self.init_from, self.config)
+        if self.activation_checkpointing:
+            for i, block in enumerate(self.model.layers):
+                self.model.layers[i] = checkpoint_wrapper(block)
+        if self.compile_model:
+            self.model.compile()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW on all parameters; the schedule spans the steps that the Trainer is going to make."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise ValueError("the learning rate's schedule needs an end: set trainer.max_steps or trainer.max_epochs")
+        optimizer, schedule = adamw(self.parameters(), int(steps), self.optimizer_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss of a micro batch in nats per token; every micro batch of a step weighs the same."""
+        loss, counted = self._loss(batch, passes=3)
+        self.train_nll.update(loss.detach(), counted)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step that is about to be made."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self.log("train/loss", self.train_nll.compute(), prog_bar=True)
+        self.train_nll.reset()
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.log("train/tokens", float((self.trainer.global_step + 1) * self._tokens_per_step))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count a micro batch."""
+        self.val_nll.update(*self._loss(batch))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Count a micro batch."""
+        self.test_nll.update(*self._loss(batch))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+        """The mean `nll` (B,) of each sequence in nats per token, and the `tokens` (B,) it was taken over."""
+        rows = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["labels"]))]
+        nll, counted = zip(*(self._loss(row) for row in rows), strict=True)
+        return {"nll": torch.stack(nll), "tokens": torch.stack(counted)}
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of all devices' tokens."""
+        self._log_metrics("val", self.val_nll)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of all devices' tokens."""
+        self._log_metrics("test", self.test_nll)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the architecture beside the weights, as plain values."""
+        checkpoint[MODEL_CONFIG] = self.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another architecture before its weights do."""
+        if MODEL_CONFIG not in checkpoint:
+            raise ValueError(f"the checkpoint holds no {MODEL_CONFIG}, so it is none of LanguageModel")
+        plain = self.config.to_dict()
+        ours = {name: plain[name] for name in _INITIAL}
+        saved = ModelConfig.from_dict({**checkpoint[MODEL_CONFIG], **ours}, "the checkpoint's config")
+        if saved != self.config:
+            raise ValueError(f"the checkpoint holds another model than the config: {differences(saved, self.config)}")
+
+    def _loss(self, batch: Batch, passes: int = 1) -> tuple[Tensor, Tensor]:
+        """The mean loss and how many targets count; `passes` of the forward FLOPs are what the step costs."""
+        assert self.model is not None
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        self.flops_per_batch = passes * self.model.flops_per_token(input_ids.shape[1]) * input_ids.numel()
+        self._tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
+        return self.model(input_ids, labels, batch.get("document_ids")), (labels != IGNORED).sum()
+
+    def _log_metrics(self, stage: str, nll: MeanMetric) -> None:
+        loss = nll.compute()
+        nll.reset()
+        self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
+        if bytes_per_token := getattr(getattr(self.trainer, "datamodule", None), "val_bytes_per_token", None):
+            self.log(f"{stage}/bits_per_byte", loss / math.log(2) / bytes_per_token, sync_dist=True)
+
+    def _data_parallel_size(self) -> int:
+        return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]

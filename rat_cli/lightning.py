@@ -1,0 +1,46 @@
+"""fit, validate, test and predict: a LightningCLI whose YAML files can build on others and whose errors name them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from lightning_modules import LanguageModel
+from lightning_modules.callbacks import AtomicCheckpointIO
+
+
+class RatCLI(LightningCLI):
+    """A concrete model, any data module; checkpoints are written atomically and configs kept beside the logs."""
+
+    def __init__(self, args: Sequence[str] | None, **kwargs: Any) -> None:
+        super().__init__(
+            LanguageModel,
+            LightningDataModule,
+            args=args,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False},
+            **kwargs,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`; Lightning's own warns where they are not those of the process."""
+        self.config = parser.parse_args(args)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("plugins") or []
+        plugins = given if isinstance(given, list) else [given]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def run(args: list[str]) -> None:
+    """Parse `args`, a subcommand first, and run it."""
+    RatCLI(args)

@@ -1,0 +1,109 @@
+"""Which command runs. Its code is imported only once it is chosen, so that light ones start at once."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Command(NamedTuple):
+    """A command: where its function is, and what it is for. `None` stands for Lightning's own."""
+
+    function: str | None
+    purpose: str
+
+
+COMMANDS = {
+    "fit": Command(None, "train a model: fit --config FILE.yaml [--config FILE.yaml ...] [--ckpt_path last]"),
+    "validate": Command(None, "loss, perplexity and bits per byte on the validation data"),
+    "test": Command(None, "the same on the test data"),
+    "predict": Command(None, "loss of every sequence"),
+    "prepare": Command("datamodules.prepare:prepare", "turn text into shards and a tokenizer"),
+    "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
+    "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
+    "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "train step of the layers, side by side"),
+    "bench loader": Command("datamodules.benchmark:loader_throughput", "tokens/s of the data loader"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: without the program's name; default: those of the process.
+
+    Raises:
+        SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if argv else 2)
+    name = " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
+    if name not in COMMANDS:
+        _stop(_unknown(name), code=2)
+    args = argv[len(name.split()) :]
+    try:
+        _run(name, args)
+    except Exception as error:
+        if not _is_the_users(error):
+            raise
+        _stop(str(error), code=1)
+
+
+def _run(name: str, args: list[str]) -> None:
+    function = COMMANDS[name].function
+    if function is None:
+        from rat_cli.lightning import run
+
+        run([name, *args])
+    elif function == "rat_cli.info:main":
+        _load(function)(args)
+    else:
+        from jsonargparse import auto_cli
+
+        result = auto_cli(_load(function), args=args, prog=f"cli.py {name}", as_positional=False)
+        if isinstance(result, dict):
+            print("\n".join(f"{key:<30} {value:,.6g}" for key, value in result.items()))
+
+
+def _load(function: str) -> Callable[..., object]:
+    module, _, attribute = function.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _help() -> str:
+    lines = [f"  {name:<14}{command.purpose}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: python cli.py COMMAND [options]", "", *lines, "", "COMMAND --help tells its options."])
+
+
+def _unknown(name: str) -> str:
+    close = get_close_matches(name, COMMANDS, n=1)
+    hint = f", did you mean '{close[0]}'?" if close else ":"
+    return f"there is no command '{name}'{hint} choose one of {', '.join(COMMANDS)}"
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether bad input is at fault: what our own code refuses on purpose, Lightning's misuse, missing files."""
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
+        return True
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    root = Path(__file__).resolve().parent.parent
+    raised_in = Path(frame.tb_frame.f_code.co_filename).resolve() if frame else root
+    ours = raised_in.is_relative_to(root) and "site-packages" not in raised_in.parts
+    return isinstance(error, ValueError) and ours
+
+
+def _stop(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stderr.flush()
+    sys.exit(code)
