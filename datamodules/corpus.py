@@ -109,8 +109,7 @@ def _read_all(modules: list[Module], num_workers: int) -> Iterator[list[str]]:
     if num_workers < 2:
         yield from show(map(docstrings, paths))
         return
-    # spawned, because a fork would inherit the threads of the tokenizer or of torch; parsing makes many
-    # objects and no cycles, so that looking for garbage is a fifth of the time
+    # spawned, because a fork would inherit the threads of the tokenizer or of torch
     with multiprocessing.get_context("spawn").Pool(num_workers, initializer=_start_worker) as pool:
         yield from show(pool.imap(docstrings, paths, chunksize=32))
 

@@ -66,23 +66,32 @@ def prepare(
     made_with = {
         "source": source if source == DOCSTRINGS else str(Path(source)),
         "source_version": version,
-        "tokenizer": vocab_size if tokenizer is None else fingerprint(_json_of(tokenizer)),
+        "tokenizer": vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest(),
         "held_out": held_out,
         "text_key": text_key,
     }
     if _is_done(output, made_with, overwrite):
         print(f"{output} is up to date")
         return
+    counts = _make(output, documents, given, vocab_size, made_with)
+    _report(output, counts, time.monotonic() - started)
+
+
+def _make(
+    output: Path,
+    documents: Callable[[], Iterable[Document]],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    made_with: dict[str, Any],
+) -> dict[str, dict[str, int]]:
+    """Make all of `output` beside it, and move it there when it is whole; what is in each split."""
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if given is None:
-            given = train_tokenizer(_training_texts(documents()), vocab_size)
-            given.save(str(partial / "tokenizer.json"))
-        else:
-            shutil.copyfile(_json_of(tokenizer), partial / "tokenizer.json")
-        counts = _write_splits(documents(), given, partial)
+        tokenizer = tokenizer or train_tokenizer(_training_texts(documents()), vocab_size)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        counts = _write_splits(documents(), tokenizer, partial)
         for split in counts:
             TokenShards(partial / split).verify()
         (partial / _RECORD).write_text(json.dumps({"made_with": made_with, "counts": counts}, indent=1) + "\n")
@@ -90,7 +99,7 @@ def prepare(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _report(output, counts, time.monotonic() - started)
+    return counts
 
 
 def _open_source(
@@ -165,8 +174,8 @@ def _write_splits(documents: Iterable[Document], tokenizer: Tokenizer, folder: P
                 writers[split].write(tokens, num_bytes=num_bytes, num_chars=len(document.text))
                 for name, count in (("documents", 1), ("bytes", num_bytes), ("tokens", len(tokens))):
                     counts[split][name] += count
-        for split, count in counts.items():
-            if not count["documents"]:
+        for split, counted in counts.items():
+            if not counted["documents"]:
                 raise ValueError(f"no document is left for {split}: give more text, or another --held_out")
     return counts
 
@@ -192,10 +201,6 @@ def _replace(partial: Path, output: Path) -> None:
         output.rename(old)
     partial.rename(output)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _json_of(tokenizer: Path) -> Path:
-    return tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
 
 
 def _report(output: Path, counts: dict[str, dict[str, int]], seconds: float) -> None:

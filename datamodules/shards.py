@@ -230,6 +230,7 @@ class ShardWriter:
         self._shard_tokens = shard_tokens
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._stream: BinaryIO | None = None
+        self._tokens = self._bytes = self._chars = 0
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._partial, ignore_errors=True)
