@@ -16,7 +16,7 @@ from tqdm import tqdm
 from datamodules.corpus import docstring_documents, find_modules, package_versions
 from datamodules.shards import ShardWriter, TokenShards
 from datamodules.text_sources import Document, folder_documents, list_files
-from datamodules.tokenizer import end_of_text_id, fingerprint, load_tokenizer, train_tokenizer
+from datamodules.tokenizer import end_of_text_id, fingerprint, load_tokenizer, tokenizer_file, train_tokenizer
 
 DOCSTRINGS = "docstrings"
 _RECORD = "prepare.json"
@@ -61,37 +61,45 @@ def prepare(
         raise ValueError(f"num_workers={num_workers} must be at least 1")
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_workers))
     started, output = time.monotonic(), Path(output)
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    if tokenizer is not None:
+        tokenizer = tokenizer_file(tokenizer)
+        load_tokenizer(tokenizer)
     documents, version = _open_source(source, text_key, held_out, num_workers)
     made_with = {
         "source": source if source == DOCSTRINGS else str(Path(source)),
         "source_version": version,
-        "tokenizer": vocab_size if given is None else hashlib.sha256(given.to_str().encode()).hexdigest(),
+        "tokenizer": vocab_size if tokenizer is None else fingerprint(tokenizer),
         "held_out": held_out,
         "text_key": text_key,
     }
     if _is_done(output, made_with, overwrite):
         print(f"{output} is up to date")
         return
-    counts = _make(output, documents, given, vocab_size, made_with)
+    counts = _make(output, documents, tokenizer or vocab_size, made_with)
     _report(output, counts, time.monotonic() - started)
 
 
 def _make(
     output: Path,
     documents: Callable[[], Iterable[Document]],
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
+    tokenizer: Path | int,
     made_with: dict[str, Any],
 ) -> dict[str, dict[str, int]]:
-    """Make all of `output` beside it, and move it there when it is whole; what is in each split."""
+    """Make all of `output` beside it, and move it there when it is whole; what is in each split.
+
+    `tokenizer` is the file of one, or the size of the vocabulary to train one for.
+    """
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        tokenizer = tokenizer or train_tokenizer(_training_texts(documents()), vocab_size)
-        tokenizer.save(str(partial / "tokenizer.json"))
-        counts = _write_splits(documents(), tokenizer, partial)
+        saved = partial / "tokenizer.json"
+        if isinstance(tokenizer, Path):
+            # a copy, since saving it anew could change its bytes and with them its fingerprint
+            shutil.copyfile(tokenizer, saved)
+        else:
+            train_tokenizer(_training_texts(documents()), tokenizer).save(str(saved))
+        counts = _write_splits(documents(), load_tokenizer(saved), partial)
         for split in counts:
             TokenShards(partial / split).verify()
         (partial / _RECORD).write_text(json.dumps({"made_with": made_with, "counts": counts}, indent=1) + "\n")

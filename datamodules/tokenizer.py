@@ -41,7 +41,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         FileNotFoundError: nothing there.
         ValueError: not a tokenizer, or none with an end of text.
     """
-    path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    path = tokenizer_file(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a tokenizer.json, or a folder that holds one")
     try:
@@ -50,6 +50,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
     end_of_text_id(tokenizer)
     return _for_documents(tokenizer)
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """`path` itself, or the tokenizer.json of the folder it is."""
+    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

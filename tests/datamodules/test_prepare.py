@@ -12,7 +12,7 @@ import pytest
 import datamodules.prepare as module
 from datamodules.prepare import prepare
 from datamodules.shards import ShardWriter, TokenShards
-from datamodules.tokenizer import fingerprint, load_tokenizer
+from datamodules.tokenizer import fingerprint, load_tokenizer, tokenizer_file
 
 ROOT = Path(module.__file__).parents[1]
 TEXTS = [f"Document {i} says {'ä' * (i % 5)} and then some more words." for i in range(60)]
@@ -120,9 +120,12 @@ def test_what_a_killed_call_left_is_cleared(source: Path, tmp_path: Path) -> Non
 
 def test_a_given_tokenizer_is_used(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "first", vocab_size=280)
-    run(source, tmp_path / "second", tokenizer=tmp_path / "first" / "tokenizer.json")
-    assert fingerprint(tmp_path / "first/tokenizer.json") == fingerprint(tmp_path / "second/tokenizer.json")
-    assert TokenShards(tmp_path / "second" / "train").index.vocab_size == 280
+    given = tmp_path / "compact.json"
+    given.write_text(json.dumps(json.loads((tmp_path / "first" / "tokenizer.json").read_text())))
+    for output, tokenizer in (("second", given), ("third", tmp_path / "first")):
+        run(source, tmp_path / output, tokenizer=tokenizer)
+        assert fingerprint(tmp_path / output / "tokenizer.json") == fingerprint(tokenizer_file(tokenizer))
+        assert TokenShards(tmp_path / output / "train").index.vocab_size == 280
 
 
 def test_held_out_text_does_not_shape_the_tokenizer(source: Path, tmp_path: Path) -> None:
