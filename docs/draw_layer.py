@@ -62,9 +62,9 @@ def draw() -> plt.Figure:
         (3.3, ATTENTION, "one softmax over the ends of\nearlier chunks and the token itself"),
     ]
     for y, colour, text in notes:
-        ax.text(-6.6, y, text, va="center", fontsize=10.5, color=colour)
-    ax.text(-6.6, 0, "tokens, in chunks of L = 4", va="center", fontsize=10.5, color=INK)
-    ax.set(xlim=(-6.8, centre(CHUNKS * LENGTH - 1) + 0.8), ylim=(-1.2, 3.9))
+        ax.text(-7.0, y, text, va="center", fontsize=10.5, color=colour)
+    ax.text(-7.0, 0, "tokens, in chunks of L = 4", va="center", fontsize=10.5, color=INK)
+    ax.set(xlim=(-7.2, centre(CHUNKS * LENGTH - 1) + 0.8), ylim=(-1.2, 3.9))
     ax.axis("off")
     fig.subplots_adjust(0, 0, 1, 1)
     return fig
