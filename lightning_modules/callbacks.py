@@ -57,19 +57,25 @@ class ExportModel(Callback):
     """Write the trained model for `CausalLM.from_pretrained` and `cli.py generate`, when training ends.
 
     Args:
-        folder: where model.safetensors and config.json go.
+        folder: where model.safetensors and config.json go. Default: `model` in the run's folder.
         tokenizer: a tokenizer.json to put beside them.
     """
 
-    def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, tokenizer: Path | None = None) -> None:
         self.folder, self.tokenizer = folder, tokenizer
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a missing tokenizer before training, not after."""
+        if self.tokenizer is not None and not self.tokenizer.is_file():
+            raise FileNotFoundError(f"ExportModel: the tokenizer {self.tokenizer} does not exist")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export from rank 0."""
+        folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model"
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            pl_module.model.save_pretrained(self.folder)
+            pl_module.model.save_pretrained(folder)
             if self.tokenizer is not None:
-                shutil.copyfile(self.tokenizer, self.folder / "tokenizer.json")
+                shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
 
 
 class Throughput(ThroughputMonitor):

@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from lightning_modules import LanguageModel
 from lightning_modules.callbacks import AtomicCheckpointIO
+from rat_cli.config_files import ConfigFile, ConfigParser
 
 
 class RatCLI(LightningCLI):
@@ -21,6 +22,7 @@ class RatCLI(LightningCLI):
             LightningDataModule,
             args=args,
             subclass_mode_data=True,
+            parser_class=ConfigParser,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -28,6 +30,12 @@ class RatCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False},
             **kwargs,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser with our `--config`."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; later ones win. Repeat to layer.")
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`; Lightning's own warns where they are not those of the process."""

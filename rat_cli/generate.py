@@ -1,0 +1,124 @@
+"""Text from a trained model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders
+
+from datamodules.tokenizer import end_of_text_id, load_tokenizer
+from rat import CausalLM, ModelConfig
+from rat.checkpoint import check_weights
+
+# Where the model stands in a checkpoint of Lightning.
+_PREFIX = "model."
+
+
+def generate(
+    checkpoint: Path,
+    prompts: list[str] | None = None,
+    prompts_file: Path | None = None,
+    tokenizer: Path | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = 0.95,
+    repetition_penalty: float = 1.0,
+    stop_at_end_of_text: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Continue prompts with a trained model; a single one is printed as it comes.
+
+    Args:
+        checkpoint: a folder of save_pretrained, a .ckpt of training, or a .pth of the paper's code.
+        prompts: texts to continue, all of them at once.
+        prompts_file: a text file with a prompt on each line.
+        tokenizer: a tokenizer.json, or a folder that holds one. Default: the one in the checkpoint's folder.
+        max_new_tokens: at most so many for each prompt.
+        temperature: 0 always takes the likeliest token; 1 draws as the model predicts.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the likeliest tokens that reach this probability together.
+        repetition_penalty: above 1 discourages tokens that were there before.
+        stop_at_end_of_text: end where the model ends its document.
+        seed: of the draws.
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, prompts or tokenizer.
+        ValueError: no prompt, an empty one, or files that do not fit each other.
+    """
+    texts = _prompts(prompts, prompts_file)
+    vocabulary = load_tokenizer(_tokenizer_beside(checkpoint) if tokenizer is None else tokenizer)
+    model = load_model(checkpoint).to(device).eval()
+    if vocabulary.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary.get_vocab_size()} tokens, {checkpoint} only {model.config.vocab_size}:"
+            " give the --tokenizer that its data was prepared with"
+        )
+    steps = model.stream(
+        [vocabulary.encode(text, add_special_tokens=False).ids for text in texts],
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=end_of_text_id(vocabulary) if stop_at_end_of_text else None,
+        generator=torch.Generator(device).manual_seed(seed),
+    )  # fmt: skip
+    if len(texts) == 1:
+        print(texts[0], end="", flush=True)
+        for piece in decoded(vocabulary, (step[0] for step in steps)):
+            print(piece, end="", flush=True)
+        print()
+        return
+    rows = [list(row) for row in zip(*steps, strict=True)] or [[] for _ in texts]
+    for text, row in zip(texts, rows, strict=True):
+        print(text + "".join(decoded(vocabulary, iter(row))), end="\n\n")
+
+
+def load_model(checkpoint: Path) -> CausalLM:
+    """The model of a folder of `save_pretrained`, a .ckpt of training, or a released .pth; nothing in it is run.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a checkpoint, or one whose weights do not fit its config.
+    """
+    if checkpoint.suffix != ".ckpt":
+        return CausalLM.from_pretrained(checkpoint)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if "model_config" not in content:
+        raise ValueError(f"{checkpoint} was not written by cli.py fit: it holds no model_config")
+    config = ModelConfig.from_dict(content["model_config"], str(checkpoint))
+    weights = {name.removeprefix(_PREFIX): x for name, x in content["state_dict"].items() if name.startswith(_PREFIX)}
+    with torch.device("meta"):
+        model = CausalLM(config)
+    check_weights({name: x.shape for name, x in model.state_dict().items()}, weights, str(checkpoint))
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def decoded(vocabulary: Tokenizer, tokens: Iterator[int | None]) -> Iterator[str]:
+    """The text of `tokens` piece by piece, whole characters only; the special ones and None are left out."""
+    stream = decoders.DecodeStream(skip_special_tokens=True)
+    for token in tokens:
+        piece = None if token is None else stream.step(vocabulary, token)
+        if piece:
+            yield piece
+
+
+def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    texts = [*(prompts or []), *(file.read_text().splitlines() if file else [])]
+    if not texts or not all(texts):
+        raise ValueError(
+            "a prompt is empty: every one needs some text"
+            if texts
+            else "nothing to continue: give --prompts '[\"Some text\"]' or --prompts_file FILE"
+        )
+    return texts
+
+
+def _tokenizer_beside(checkpoint: Path) -> Path:
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"there is no checkpoint {checkpoint}")
+    if not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer.json: give --tokenizer FILE")
+    return folder
