@@ -39,6 +39,8 @@ class LanguageModel(LightningModule):
         optimizer: AdamW and its schedule.
         global_batch_size: sequences of an optimiser step, over all devices; the Trainer's accumulation follows from
             it and the data module's `batch_size`. null leaves the Trainer's accumulation as it is.
+        val_every_n_steps: optimiser steps between two validations. null leaves the Trainer's val_check_interval,
+            which counts micro batches, so that it means something else on another number of devices.
         kernel_backend: which implementation of `rat.ops` runs.
         compile: compile the model with torch.compile.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
@@ -56,6 +58,7 @@ class LanguageModel(LightningModule):
         model: ModelConfig,
         optimizer: OptimizerConfig | None = None,
         global_batch_size: int | None = None,
+        val_every_n_steps: int | None = None,
         kernel_backend: Literal["auto", "reference", "portable"] = "auto",
         compile: bool = False,
         activation_checkpointing: bool = False,
@@ -65,6 +68,7 @@ class LanguageModel(LightningModule):
         self.config = model
         self.optimizer_config = optimizer or OptimizerConfig()
         self.global_batch_size = global_batch_size
+        self.val_every_n_steps = val_every_n_steps
         self.kernel_backend = kernel_backend
         self.compile_model = compile
         self.activation_checkpointing = activation_checkpointing
@@ -85,12 +89,20 @@ class LanguageModel(LightningModule):
                 f"the data has {vocab_size} token ids, the model only {self.config.vocab_size}:"
                 f" set model.model.vocab_size to {vocab_size}"
             )
-        if stage == "fit" and self.global_batch_size is not None:
-            batch_size = getattr(data, "batch_size", None)
+        if stage == "fit":
+            self._count_in_steps(getattr(data, "batch_size", None))
+
+    def _count_in_steps(self, batch_size: int | None) -> None:
+        """Tell the Trainer, which counts micro batches, what was said in sequences and optimiser steps."""
+        trainer = self.trainer
+        if self.global_batch_size is not None:
             if batch_size is None:
                 raise ValueError("global_batch_size needs a data module with a batch_size: give one, or set it to null")
-            steps = accumulation(self.global_batch_size, batch_size, self._data_parallel_size())
-            self.trainer.accumulate_grad_batches = steps
+            size = self._data_parallel_size()
+            trainer.accumulate_grad_batches = accumulation(self.global_batch_size, batch_size, size)
+        if self.val_every_n_steps is not None and not trainer.fast_dev_run:
+            trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
+            trainer.check_val_every_n_epoch = None
 
     def configure_model(self) -> None:
         """Build the model, once; a context of the strategy decides where its weights lie."""
