@@ -1,0 +1,56 @@
+"""pyproject.toml, requirements.lock and environment.yml tell one story."""
+
+import tomllib
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LOCK = {
+    canonicalize_name(requirement.name): requirement
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+    for requirement in [Requirement(line)]
+}
+WANTED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+
+
+def locked_version(name: str) -> Version:
+    (pin,) = LOCK[canonicalize_name(name)].specifier
+    assert pin.operator == "==", f"{name} is not pinned in requirements.lock"
+    return Version(pin.version)
+
+
+@pytest.mark.parametrize("requirement", WANTED, ids=lambda requirement: requirement.name)
+def test_the_lock_satisfies_what_the_project_asks_for(requirement: Requirement) -> None:
+    assert locked_version(requirement.name) in requirement.specifier
+
+
+@pytest.mark.parametrize("name", sorted(LOCK))
+def test_what_is_installed_is_what_is_locked(name: str) -> None:
+    assert Version(version(name)).public == locked_version(name).public
+
+
+@pytest.mark.parametrize("name", sorted(LOCK))
+def test_the_lock_is_complete(name: str) -> None:
+    needed = [Requirement(text) for text in requires(name) or []]
+    missing = [r.name for r in needed if (r.marker is None or r.marker.evaluate({"extra": ""}))]
+    # The GPU builds of torch bring their CUDA libraries along; the lock leaves their choice to torch.
+    missing = [n for n in missing if canonicalize_name(n) not in LOCK and not n.startswith(("nvidia-", "cuda-"))]
+    assert set(missing) <= {"setuptools"}, f"{name} needs {missing}, which requirements.lock does not name"
+
+
+def test_conda_gets_the_lock_and_a_python_that_fits() -> None:
+    python, pip, packages = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert pip == "pip"
+    assert packages == {"pip": ["--requirement requirements.lock", "--editable ."]}
+    name, _, wanted = python.partition("=")
+    assert name == "python"
+    assert Version(wanted) in SpecifierSet(PROJECT["requires-python"])
