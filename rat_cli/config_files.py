@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
-from lightning.pytorch.cli import LightningArgumentParser
 
 BASE = "base"
 
@@ -19,8 +18,8 @@ class ConfigError(TypeError):
     """A file that cannot be used; the message names it."""
 
 
-class ConfigParser(LightningArgumentParser):
-    """Lightning's parser, whose errors are one message instead of a page of usage."""
+class ConfigParser(ArgumentParser):
+    """A parser whose errors are one message instead of a page of usage."""
 
     reading: Path | None = None
 
@@ -78,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def check_keys(parser: LightningArgumentParser, previous: Namespace, path: Path) -> None:
+def check_keys(parser: ArgumentParser, previous: Namespace, path: Path) -> None:
     """Raise ConfigError for the first key of `path` that nothing accepts.
 
     Args:
@@ -99,7 +98,7 @@ def check_keys(parser: LightningArgumentParser, previous: Namespace, path: Path)
                 _check_classes(value, name, before if isinstance(before, Mapping | Namespace) else {}, path)
             elif name not in branches:
                 known = {other[len(prefix) :].split(".")[0] for other in leaves if other.startswith(prefix)}
-                _refuse(path, prefix, str(key), known)
+                _refuse(path, prefix, str(key), {other for other in known if not other.startswith("print_")})
 
     walk({key: value for key, value in read(path).items() if key != BASE}, "")
 

@@ -16,7 +16,7 @@ _PREFIX = "model."
 
 def generate(
     checkpoint: Path,
-    prompts: list[str] | None = None,
+    prompt: list[str] | str | None = None,
     prompts_file: Path | None = None,
     tokenizer: Path | None = None,
     max_new_tokens: int = 128,
@@ -32,7 +32,7 @@ def generate(
 
     Args:
         checkpoint: a folder of save_pretrained, a .ckpt of training, or a .pth of the paper's code.
-        prompts: texts to continue, all of them at once.
+        prompt: a text to continue, or several: '["one", "another"]'.
         prompts_file: a text file with a prompt on each line.
         tokenizer: a tokenizer.json, or a folder that holds one. Default: the one in the checkpoint's folder.
         max_new_tokens: at most so many for each prompt.
@@ -48,7 +48,7 @@ def generate(
         FileNotFoundError: no such checkpoint, prompts or tokenizer.
         ValueError: no prompt, an empty one, or files that do not fit each other.
     """
-    texts = _prompts(prompts, prompts_file)
+    texts = _prompts(prompt, prompts_file)
     vocabulary = load_tokenizer(_tokenizer_beside(checkpoint) if tokenizer is None else tokenizer)
     model = load_model(checkpoint).to(device).eval()
     if vocabulary.get_vocab_size() > model.config.vocab_size:
@@ -104,13 +104,14 @@ def decoded(vocabulary: Tokenizer, tokens: Iterator[int | None]) -> Iterator[str
             yield piece
 
 
-def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    texts = [*(prompts or []), *(file.read_text().splitlines() if file else [])]
+def _prompts(prompt: list[str] | str | None, file: Path | None) -> list[str]:
+    texts = [prompt] if isinstance(prompt, str) else [*(prompt or [])]
+    texts += file.read_text().splitlines() if file else []
     if not texts or not all(texts):
         raise ValueError(
             "a prompt is empty: every one needs some text"
             if texts
-            else "nothing to continue: give --prompts '[\"Some text\"]' or --prompts_file FILE"
+            else "nothing to continue: give --prompt 'Some text' or --prompts_file FILE"
         )
     return texts
 

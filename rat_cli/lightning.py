@@ -1,5 +1,7 @@
 """fit, validate, test and predict: a LightningCLI whose YAML files can build on others and whose errors name them."""
 
+import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,10 @@ from lightning_modules.callbacks import AtomicCheckpointIO
 from rat_cli.config_files import ConfigFile, ConfigParser
 
 
+class LightningParser(ConfigParser, LightningArgumentParser):
+    """Lightning's parser with our errors."""
+
+
 class RatCLI(LightningCLI):
     """A concrete model, any data module; checkpoints are written atomically and configs kept beside the logs."""
 
@@ -22,7 +28,7 @@ class RatCLI(LightningCLI):
             LightningDataModule,
             args=args,
             subclass_mode_data=True,
-            parser_class=ConfigParser,
+            parser_class=LightningParser,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -51,4 +57,7 @@ class RatCLI(LightningCLI):
 
 def run(args: list[str]) -> None:
     """Parse `args`, a subcommand first, and run it."""
+    # Noise about Lightning's own insides, and advertisement.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
     RatCLI(args)

@@ -63,11 +63,21 @@ def _run(name: str, args: list[str]) -> None:
     elif function == "rat_cli.info:main":
         _load(function)(args)
     else:
-        from jsonargparse import auto_cli
-
-        result = auto_cli(_load(function), args=args, prog=f"cli.py {name}", as_positional=False)
+        result = _call(_load(function), name, args)
         if isinstance(result, dict):
             print("\n".join(f"{key:<30} {value:,.6g}" for key, value in result.items()))
+
+
+def _call(function: Callable[..., object], name: str, args: list[str]) -> object:
+    """`function` with the arguments that its signature asks for, from the command line and YAML files."""
+    from rat_cli.config_files import ConfigFile, ConfigParser
+
+    parser = ConfigParser(prog=f"cli.py {name}")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with these options; later ones win")
+    parser.add_function_arguments(function, as_group=False)
+    given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    given.pop("config")
+    return function(**given)
 
 
 def _load(function: str) -> Callable[..., object]:
