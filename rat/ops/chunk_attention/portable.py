@@ -11,7 +11,7 @@ The loops are opaque to torch.compile (a custom op with a fake).
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,8 +82,8 @@ class _Call(NamedTuple):
             start = stop
 
 
-def _call(*args: Tensor | int | float | bool) -> _Call:
-    call = _Call(*args)  # type: ignore[arg-type]
+def _call(*args: Any) -> _Call:
+    call = _Call(*args)
     return call._replace(end_keys=call.end_keys.flatten(0, 1), end_values=call.end_values.flatten(0, 1))
 
 
@@ -159,19 +159,7 @@ def _attend_op(
 
 
 @_attend_op.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    end_keys: Tensor,
-    end_values: Tensor,
-    chunk: Tensor,
-    first: Tensor,
-    last: Tensor,
-    chunk_size: int,
-    rope_base: float,
-    regular: bool,
-) -> Tensor:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return torch.empty(v.shape, dtype=v.dtype, device=v.device)
 
 
@@ -239,21 +227,8 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    end_keys: Tensor,
-    end_values: Tensor,
-    chunk: Tensor,
-    first: Tensor,
-    last: Tensor,
-    chunk_size: int,
-    rope_base: float,
-    regular: bool,
-) -> list[Tensor]:
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, end_keys, end_values)]
+def _(grad: Tensor, *inputs: Any) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:5]]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ The walks are opaque to torch.compile (a custom op with a fake), which would oth
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,15 +210,7 @@ def _entries(grid: _Grid, current: list[Tensor], chunk_size: int) -> list[Tensor
 
 
 @_scan_op.register_fake
-def _(
-    logits: Tensor,
-    streams: list[Tensor],
-    bias: Tensor | None,
-    states: list[Tensor],
-    keep: Tensor | None,
-    frozen: Tensor | None,
-    chunk_size: int,
-) -> list[Tensor]:
+def _(logits: Tensor, streams: list[Tensor], *rest: Any) -> list[Tensor]:
     batch, _, width = logits.shape
     outputs = [torch.empty(logits.shape, dtype=y.dtype, device=y.device) for y in streams]
     return outputs + [logits.new_empty(batch, width, dtype=_wide(logits)) for _ in streams]
@@ -318,15 +310,7 @@ def _scan_backward_op(
 
 @_scan_backward_op.register_fake
 def _(
-    grad_outputs: list[Tensor],
-    grad_finals: list[Tensor],
-    logits: Tensor,
-    streams: list[Tensor],
-    bias: Tensor | None,
-    keep: Tensor | None,
-    frozen: Tensor | None,
-    outputs: list[Tensor],
-    chunk_size: int,
+    grad_outputs: list[Tensor], grad_finals: list[Tensor], logits: Tensor, streams: list[Tensor], *rest: Any
 ) -> list[Tensor]:
     grads = [torch.empty_like(x) for x in (logits, *streams)]
     grad_bias = logits.new_empty(logits.shape[-1], dtype=_wide(logits))
