@@ -22,7 +22,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 quickstart: install ## Train a RAT model on real English, compare it with n-grams, read what it writes (6 minutes)
 	$(BIN)/python cli.py prepare --output data/docstrings
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml --ckpt_path last
-	$(BIN)/python cli.py report --config configs/quickstart.yaml
+	$(BIN)/python cli.py report --run runs/quickstart/rat
 
 test: install lint ## Lint, type-check and run the tests
 	$(BIN)/python -m pytest -n auto

@@ -22,6 +22,7 @@ COMMANDS = {
     "test": Command(None, "the same on the test data"),
     "predict": Command(None, "loss of every sequence"),
     "prepare": Command("datamodules.prepare:prepare", "turn text into shards and a tokenizer"),
+    "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
     "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "train step of the layers, side by side"),
