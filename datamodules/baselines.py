@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.dataset import IGNORED, make_batch
-from datamodules.sampler import shuffled
 from datamodules.tokens import TokenDataModule
 
 _CHUNK = 1 << 21
@@ -36,15 +35,15 @@ class NgramBaselines(NamedTuple):
 
 
 def trained_pairs(datamodule: TokenDataModule, num_samples: int) -> Pairs:
-    """The pairs of the first `num_samples` samples of a run, over epochs, in the order it is trained on them.
+    """The pairs of the first `num_samples` samples of a run, padding included, in the order it is trained on them.
 
     Give the DataModule the global_batch_size of the run (or its Trainer): it decides where an epoch ends.
     """
     dataset, order = datamodule.dataset("train"), datamodule.train_sampler()
-    ends = range(0, num_samples, order.samples_per_epoch)
+    firsts = range(0, num_samples, order.samples_per_epoch)
     epochs = [
-        shuffled(np.arange(min(order.samples_per_epoch, num_samples - first)), len(dataset), order.seed, epoch)
-        for epoch, first in enumerate(ends)
+        order.samples(np.arange(min(order.samples_per_epoch, num_samples - first)), epoch)
+        for epoch, first in enumerate(firsts)
     ]
     rows = max(1, _CHUNK // dataset.seq_len)
     samples = np.concatenate([np.empty(0, np.int64), *epochs])

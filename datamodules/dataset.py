@@ -29,18 +29,20 @@ class TokenDataset(Dataset[Block]):
         shards: the tokens.
         seq_len: T.
         eos_id: the token that ends a document.
+        max_tokens: leave out what comes after so many tokens.
 
     Raises:
         ShardError: fewer tokens than one sample needs.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, eos_id: int) -> None:
+    def __init__(self, shards: TokenShards, seq_len: int, eos_id: int, max_tokens: int | None = None) -> None:
         self.shards, self.seq_len, self.eos_id = shards, seq_len, eos_id
-        self._num_samples = (shards.num_tokens - 1) // seq_len
+        num_tokens = min(shards.num_tokens, max_tokens or shards.num_tokens)
+        self._num_samples = (num_tokens - 1) // seq_len
         if self._num_samples < 1:
             raise ShardError(
-                f"{shards.path} holds {shards.num_tokens} tokens, fewer than the seq_len + 1 = {seq_len + 1} of a"
-                " sample; prepare more text or choose a smaller seq_len"
+                f"{shards.path} holds {num_tokens} tokens, fewer than the seq_len + 1 = {seq_len + 1} of a"
+                " sample; prepare more text, choose a smaller seq_len or allow more max_tokens"
             )
 
     def __len__(self) -> int:

@@ -50,11 +50,10 @@ def _hash(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class TrainSampler(Sampler[NDArray[np.int64]]):
-    """Micro batches of sample numbers for one rank, shuffled anew every epoch.
+    """Micro batches of sample numbers for one rank, every sample once an epoch, shuffled anew every epoch.
 
-    The last incomplete global batch of an epoch is dropped; other samples are left out every epoch, as the
-    order changes. `len()` counts the micro batches of a whole epoch wherever the sampler starts, as Lightning
-    counts.
+    The last global batch of an epoch is filled up with PADDING (-1), samples whose targets are all ignored. `len()`
+    counts the micro batches of a whole epoch wherever the sampler starts, as Lightning counts.
 
     Args:
         total: samples in the data.
@@ -62,11 +61,12 @@ class TrainSampler(Sampler[NDArray[np.int64]]):
         global_batch: samples of an optimiser step over all ranks; a multiple of micro_batch * world_size.
         rank, world_size: this rank among how many.
         seed, epoch: which order.
-        start: samples of this epoch that all ranks together have consumed; a multiple of micro_batch *
-            world_size.
+        start: samples of this epoch, padding included, that all ranks together have consumed; a multiple of
+            micro_batch * world_size.
+        shuffle: False takes the samples as they stand.
 
     Raises:
-        ValueError: the numbers do not fit each other, or the data is smaller than one global batch.
+        ValueError: the numbers do not fit each other, or there is no sample.
     """
 
     def __init__(
@@ -80,21 +80,19 @@ class TrainSampler(Sampler[NDArray[np.int64]]):
         seed: int = 0,
         epoch: int = 0,
         start: int = 0,
+        shuffle: bool = True,
     ) -> None:
         step = micro_batch * world_size
         if not 0 <= rank < world_size or micro_batch < 1:
             raise ValueError(f"impossible ranks or batch: {rank=}, {world_size=}, {micro_batch=}")
         if global_batch < 1 or global_batch % step:
             raise ValueError(f"{global_batch=} is not a multiple of {micro_batch=} x {world_size=}")
-        if total < global_batch:
-            raise ValueError(
-                f"the data holds {total} samples, fewer than one optimiser step takes ({global_batch});"
-                " use more data, a shorter seq_len or a smaller batch"
-            )
+        if total < 1:
+            raise ValueError("the data holds no sample: prepare some")
         if start < 0 or start % step:
             raise ValueError(f"cannot start at sample {start}: it is not a multiple of {micro_batch=} x {world_size=}")
-        self.total, self.seed, self.epoch, self.start = total, seed, epoch, start
-        self.samples_per_epoch = total // global_batch * global_batch
+        self.total, self.seed, self.epoch, self.start, self.shuffle = total, seed, epoch, start, shuffle
+        self.samples_per_epoch = -(-total // global_batch) * global_batch
         self._micro_batch, self._rank, self._step = micro_batch, rank, step
 
     def set_epoch(self, epoch: int) -> None:
@@ -114,9 +112,15 @@ class TrainSampler(Sampler[NDArray[np.int64]]):
         lane = np.arange(self._micro_batch) + self._rank * self._micro_batch
         for first in range(start // self._step, len(self), block):
             micro_steps = np.arange(first, min(first + block, len(self)))
-            positions = micro_steps[:, None] * self._step + lane
-            samples = shuffled(positions.ravel(), self.total, self.seed, epoch)
-            yield from samples.reshape(positions.shape)
+            yield from self.samples(micro_steps[:, None] * self._step + lane, epoch)
+
+    def samples(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """The samples at the positions (any shape) of an epoch; PADDING behind the last one."""
+        real = positions < self.total
+        places = np.where(real, positions, 0)
+        if self.shuffle:
+            places = shuffled(places.ravel(), self.total, self.seed, epoch).reshape(places.shape)
+        return np.where(real, places, PADDING)
 
 
 class EvalSampler(Sampler[NDArray[np.int64]]):

@@ -67,7 +67,7 @@ def test_trained_pairs_are_those_of_the_loader(tmp_path: Path) -> None:
     for epoch in range(3):
         loader.sampler.set_epoch(epoch)
         batches += list(loader)
-    assert len(batches) == 3 * 6
+    assert len(batches) == 3 * 8
     for num_batches in (0, 1, 6, 7, 18):
         labels = np.concatenate([np.empty((0, 7), int), *[batch["labels"].numpy() for batch in batches[:num_batches]]])
         inputs = np.concatenate(
