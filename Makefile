@@ -20,7 +20,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 quickstart: install ## Train a RAT model on real English, compare it with n-grams, read what it writes (6 minutes)
-	$(BIN)/python cli.py prepare --output data/docstrings
+	$(BIN)/python cli.py prepare pretrain --output data/docstrings --held_out 0.02
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml --ckpt_path last
 	$(BIN)/python cli.py report --run runs/quickstart/rat
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from datamodules.text_sources import Document, SourceError, is_held_out
+from datamodules.text_sources import Document, SourceError, Split
 
 STANDARD_LIBRARY = "python"
 PACKAGES = (STANDARD_LIBRARY, "torch", "numpy", "sympy", "networkx", "pandas")
@@ -58,14 +58,34 @@ def find_modules(packages: tuple[str, ...] = PACKAGES) -> list[Module]:
     return sorted(modules)
 
 
-def docstring_documents(modules: list[Module], held_out: float, num_workers: int = 2) -> list[Document]:
+class DocstringSource:
+    """The docstrings of the packages installed here: one unit, since they are deduplicated against each other.
+
+    Args:
+        split: what to hold out, by the names of the modules.
+        num_processes: that parse.
+    """
+
+    def __init__(self, split: Split, num_processes: int) -> None:
+        self._split, self._num_processes = split, num_processes
+        self._read: list[Document] = []
+        self.version = package_versions()
+        self.sizes = [0]
+
+    def documents(self, unit: int) -> Iterator[Document]:
+        """See `TextSource.documents`."""
+        self._read = self._read or docstring_documents(find_modules(), self._split, self._num_processes)
+        return iter(self._read)
+
+
+def docstring_documents(modules: list[Module], split: Split, num_workers: int = 2) -> list[Document]:
     """A document per module: its docstrings, in order, joined by blank lines.
 
     A docstring that occurs again anywhere is kept only once, so that no held-out one is ever trained on.
 
     Args:
         modules: what to read.
-        held_out: share of the modules to hold out, chosen by their names.
+        split: the modules to hold out, by their names.
         num_workers: processes that parse.
     """
     seen: set[str] = set()
@@ -74,7 +94,7 @@ def docstring_documents(modules: list[Module], held_out: float, num_workers: int
         new = [text for text in dict.fromkeys(docstrings) if text not in seen]
         seen.update(new)
         if new:
-            documents.append(Document("\n\n".join(new), is_held_out(module.name, held_out)))
+            documents.append(Document("\n\n".join(new), split.holds_out(module.name)))
     return documents
 
 

@@ -3,6 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sized
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
@@ -37,14 +38,14 @@ class ResumableDataModule(LightningDataModule, ABC):
         check_at_least(0, seed=seed, num_workers=num_workers)
         self.batch_size, self.global_batch_size = batch_size, global_batch_size
         self.seed, self.num_workers, self.shuffle = seed, num_workers, shuffle
-        self._resume: dict[str, int] | None = None
+        self._resume: dict[str, Any] | None = None
 
     @abstractmethod
     def dataset(self, split: str) -> Sized:
         """The samples of a split: "train", "val" or "test"."""
 
     @abstractmethod
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, int | str]:
         """What a resumed run must have in common with the one that wrote its checkpoint, by name."""
 
     def train_sampler(self, epoch: int = 0, start: int = 0) -> TrainSampler:
@@ -92,7 +93,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         if stage == "fit" and trainer and trainer.overfit_batches:
             raise ValueError("overfit_batches would replace the sampler: use limit_train_batches, or less data")
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """What a checkpoint keeps: the data's identity, and the samples trained on (over all ranks)."""
         if self.trainer is None or self.trainer.state.fn != "fit":
             return {}
@@ -104,7 +105,7 @@ class ResumableDataModule(LightningDataModule, ABC):
             "samples_in_all_epochs": position.total * step,
         }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where to go on. Raises ValueError if a resumed `fit` has other data, another order or seed."""
         if not state_dict or (self.trainer and self.trainer.state.fn != "fit"):
             return
@@ -134,7 +135,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         self._resume = None
         return position.epoch, position.micro_batches * step
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         own = {"total_samples": len(self.dataset("train")), "seed": self.seed, "shuffle": int(self.shuffle)}
         return own | self.identity()
 

@@ -5,6 +5,7 @@ as one sequence of tokens, in the order of the index. A uint16 file, or a folder
 (the format of the released code) opens too; nothing is known of its vocabulary then.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,12 +30,13 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFile:
-    """One `.bin` file: its length in tokens, and of its text the bytes (UTF-8) and characters, if known."""
+    """One `.bin` file: its length in tokens, and of its text the bytes (UTF-8), characters and documents, if known."""
 
     name: str
     num_tokens: int
     num_bytes: int | None = None
     num_chars: int | None = None
+    num_documents: int | None = None
     sha256: str | None = None
 
 
@@ -130,7 +132,7 @@ class TokenShards:
             if found != file.sha256:
                 raise ShardError(
                     f"{self.folder / file.name} does not match its checksum in {INDEX}, so it was changed or"
-                    " damaged; copy it again or prepare again with --overwrite"
+                    " damaged; copy it again or prepare again with --overwrite true"
                 )
 
     def _arrays(self) -> list[NDArray[Any]]:
@@ -149,7 +151,7 @@ class TokenShards:
         if tokenizer_sha256 is not None and known is not None and tokenizer_sha256 != known:
             raise ShardError(
                 f"{self.path} was made with another tokenizer ({known[:12]}, not {tokenizer_sha256[:12]});"
-                " use the tokenizer.json beside it, or prepare again with --overwrite"
+                " use the tokenizer.json beside it, or prepare again with --overwrite true"
             )
         for file in self.index.files:
             path = self.folder / file.name
@@ -159,7 +161,7 @@ class TokenShards:
             if size != expected:
                 raise ShardError(
                     f"{path} has {size} bytes, not the {expected} of {file.num_tokens} {self.dtype.name}"
-                    " tokens: it was cut short or changed; copy it again or prepare again with --overwrite"
+                    " tokens: it was cut short or changed; copy it again or prepare again with --overwrite true"
                 )
         if self.num_tokens == 0:
             raise ShardError(f"{self.path} holds no tokens; prepare it from some text")
@@ -168,7 +170,7 @@ class TokenShards:
 def _find(path: Path) -> tuple[Path, ShardIndex]:
     """The folder the files are in, and their index: read, or made up for raw files."""
     if not path.exists():
-        raise ShardError(f"{path} does not exist; make it with: python cli.py prepare --output FOLDER")
+        raise ShardError(f"{path} does not exist; make it with: python cli.py prepare pretrain --output FOLDER")
     folder = path if path.is_dir() else path.parent
     if (folder / INDEX).is_file():
         index = ShardIndex.load(folder / INDEX)
@@ -194,6 +196,57 @@ def _raw_file(path: Path) -> ShardFile:
             " file must be raw uint16; copy it again, or prepare the text"
         )
     return ShardFile(name=path.name, num_tokens=size // 2)
+
+
+class ShardFileWriter:
+    """One `.bin` file, which appears when it is closed: whole, and on the disk.
+
+    Args:
+        path: of the file; an older one is replaced.
+        dtype: uint16 or uint32.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self._path, self._partial = path, path.with_name(f".{path.name}.partial")
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._stream: BinaryIO = self._partial.open("wb")
+        self._hash = hashlib.sha256()
+        self.num_tokens = self._bytes = self._chars = self._documents = 0
+
+    def write(self, tokens: NDArray[Any], *, num_bytes: int = 0, num_chars: int = 0, num_documents: int = 0) -> None:
+        """Append tokens (N,), the encoding of text of that many bytes, characters and documents."""
+        data = memoryview(tokens.astype(self.dtype, copy=False)).cast("B")
+        self._stream.write(data)
+        self._hash.update(data)
+        self.num_tokens += len(tokens)
+        self._bytes, self._chars = self._bytes + num_bytes, self._chars + num_chars
+        self._documents += num_documents
+
+    def close(self) -> ShardFile:
+        """Make the file appear, and say what it holds."""
+        with self._stream:
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        os.replace(self._partial, self._path)
+        return ShardFile(
+            name=self._path.name,
+            num_tokens=self.num_tokens,
+            num_bytes=self._bytes,
+            num_chars=self._chars,
+            num_documents=self._documents,
+            sha256=self._hash.hexdigest(),
+        )
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):  # a full disk can fail once more here
+            self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def shard_dtype(vocab_size: int) -> str:
+    """The type that token ids below `vocab_size` are kept in."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class ShardWriter:
@@ -225,12 +278,11 @@ class ShardWriter:
             raise FileExistsError(f"{self.folder} exists; remove it or choose another folder")
         if shard_tokens < 1 or not 0 <= eos_id < vocab_size <= 2**32:
             raise ValueError(f"impossible shards: {vocab_size=}, {eos_id=}, {shard_tokens=}")
-        dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-        self.index = ShardIndex(dtype=dtype, vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256)
+        self.index = ShardIndex(
+            dtype=shard_dtype(vocab_size), vocab_size=vocab_size, eos_id=eos_id, tokenizer_sha256=tokenizer_sha256
+        )
         self._shard_tokens = shard_tokens
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
-        self._stream: BinaryIO | None = None
-        self._tokens = self._bytes = self._chars = 0
 
     def __enter__(self) -> Self:
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -238,56 +290,37 @@ class ShardWriter:
         self._begin()
         return self
 
-    def write(self, tokens: NDArray[Any] | list[int], *, num_bytes: int = 0, num_chars: int = 0) -> None:
-        """Append `tokens` (N,), the encoding of text of that many bytes and characters."""
+    def write(
+        self, tokens: NDArray[Any] | list[int], *, num_bytes: int = 0, num_chars: int = 0, num_documents: int = 0
+    ) -> None:
+        """Append `tokens` (N,), the encoding of text of that many bytes, characters and documents."""
         array = np.asarray(tokens)
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < (self.index.vocab_size or 0):
             raise ValueError(f"token ids must lie in [0, {self.index.vocab_size}); got {array.min()}..{array.max()}")
-        array = array.astype(np.dtype(self.index.dtype).newbyteorder("<"))
         for piece in self._pieces(array):
-            assert self._stream is not None
-            data = piece.tobytes()
-            self._stream.write(data)
-            self._hash.update(data)
-            self._tokens += len(piece)
-        self._bytes, self._chars = self._bytes + num_bytes, self._chars + num_chars
+            self._file.write(piece)
+        self._file.write(array[:0], num_bytes=num_bytes, num_chars=num_chars, num_documents=num_documents)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._stream is not None
         if kind is None:
-            self._finish()
+            self.index.files.append(self._file.close())
             self.index.save(self._partial)
             os.replace(self._partial, self.folder)
         else:
-            self._stream.close()
+            self._file.discard()
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def _pieces(self, array: NDArray[Any]) -> Iterator[NDArray[Any]]:
         while len(array):
-            if self._tokens == self._shard_tokens:
-                self._finish()
+            if self._file.num_tokens == self._shard_tokens:
+                self.index.files.append(self._file.close())
                 self._begin()
-            room = self._shard_tokens - self._tokens
+            room = self._shard_tokens - self._file.num_tokens
             yield array[:room]
             array = array[room:]
 
     def _begin(self) -> None:
-        self._name = f"shard-{len(self.index.files):05d}.bin"
-        self._stream = (self._partial / self._name).open("wb")
-        self._hash = hashlib.sha256()
-        self._tokens = self._bytes = self._chars = 0
-
-    def _finish(self) -> None:
-        assert self._stream is not None
-        self._stream.close()
-        self.index.files.append(
-            ShardFile(
-                name=self._name,
-                num_tokens=self._tokens,
-                num_bytes=self._bytes,
-                num_chars=self._chars,
-                sha256=self._hash.hexdigest(),
-            )
-        )
+        path = self._partial / f"shard-{len(self.index.files):05d}.bin"
+        self._file = ShardFileWriter(path, self.index.dtype)

@@ -1,11 +1,15 @@
-"""Byte-level BPE tokenizers: trained on a corpus, or read from a tokenizer.json."""
+"""Tokenizers: a byte-level BPE trained on a corpus, or one that is given, as a file or by its name on the hub."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from datamodules.sentencepiece_model import convert
+
+FILE_NAME, MODEL_NAME = "tokenizer.json", "tokenizer.model"
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
 _BYTES = 256
@@ -54,7 +58,65 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def tokenizer_file(path: str | Path) -> Path:
     """`path` itself, or the tokenizer.json of the folder it is."""
-    return Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+
+
+def save_tokenizer(given: str | Path, path: Path) -> None:
+    """Write the tokenizer that `given` names to `path`, as a tokenizer.json.
+
+    Args:
+        given: a tokenizer.json, which is copied byte by byte; a SentencePiece .model of the LLaMA kind, which is
+            converted; a folder that holds one of them; or the name of a repository of the Hugging Face hub that does.
+        path: where to.
+
+    Raises:
+        FileNotFoundError: nothing there, here or on the hub.
+        ValueError: not a tokenizer, none with an end of text, or a .model of another kind.
+    """
+    file = _local_file(given) or _from_hub(str(given))
+    if file.suffix == ".model":
+        convert(file).save(str(path))
+    else:
+        shutil.copyfile(file, path)
+    load_tokenizer(path)
+
+
+def describe_tokenizer(given: str | Path) -> str:
+    """What tells a tokenizer from another: the fingerprint of its file, or its name on the hub."""
+    file = _local_file(given)
+    return str(given) if file is None else fingerprint(file)
+
+
+def _local_file(given: str | Path) -> Path | None:
+    """The file that `given` is or holds; None if it can only be a name on the hub."""
+    path = Path(given)
+    if path.is_dir():
+        for name in (FILE_NAME, MODEL_NAME):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"{path} holds no {FILE_NAME} and no {MODEL_NAME}")
+    if path.is_file():
+        return path
+    if path.suffix in (".json", ".model") or str(given).count("/") > 1:
+        raise FileNotFoundError(f"{path} does not exist: give a {FILE_NAME}, a .model, a folder or a name on the hub")
+    return None
+
+
+def _from_hub(name: str) -> Path:
+    """The tokenizer's file of a repository, from the cache if it was asked for before."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        try:
+            return Path(hf_hub_download(name, FILE_NAME))
+        except RemoteEntryNotFoundError:
+            return Path(hf_hub_download(name, MODEL_NAME))
+    except Exception as error:  # the library raises a dozen kinds
+        raise FileNotFoundError(
+            f"{name} is neither a file here nor a repository of the hub with {FILE_NAME} or {MODEL_NAME} that can be"
+            f" reached: check the name and the network ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

@@ -17,7 +17,7 @@ class TokenDataModule(ResumableDataModule):
     `ResumableDataModule`.
 
     Args:
-        path: folder made by `python cli.py prepare`, holding `train/` and `val/`.
+        path: folder made by `python cli.py prepare pretrain`, holding `train/` and `val/`.
         train_path: training shards: a folder, or one file (raw uint16 too). Instead of path/train.
         val_path: validation shards. Instead of path/val.
         seq_len: tokens of a sample, T.

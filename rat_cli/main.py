@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,8 @@ COMMANDS = {
     "validate": Command(None, "loss, perplexity and bits per byte on the validation data"),
     "test": Command(None, "the same on the test data"),
     "predict": Command(None, "loss of every sequence"),
-    "prepare": Command("datamodules.prepare:prepare", "turn text into shards and a tokenizer"),
+    "prepare pretrain": Command("datamodules.pretraining:prepare_pretrain", "turn text into shards and a tokenizer"),
+    "prepare merge": Command("datamodules.pretraining:merge", "put together what several workers have prepared"),
     "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
@@ -41,9 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_help())
+        print(_help(COMMANDS))
         sys.exit(0 if argv else 2)
-    name = " ".join(argv[:2]) if argv[0] == "bench" else argv[0]
+    group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
+    if group and argv[1:2] in ([], ["-h"], ["--help"]):
+        print(_help(group))
+        sys.exit(0 if argv[1:] else 2)
+    name = " ".join(argv[:2]) if group else argv[0]
     if name not in COMMANDS:
         _stop(_unknown(name), code=2)
     args = argv[len(name.split()) :]
@@ -86,8 +91,8 @@ def _load(function: str) -> Callable[..., object]:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _help() -> str:
-    lines = [f"  {name:<14}{command.purpose}" for name, command in COMMANDS.items()]
+def _help(names: Iterable[str]) -> str:
+    lines = [f"  {name:<18}{COMMANDS[name].purpose}" for name in names]
     return "\n".join(["usage: python cli.py COMMAND [options]", "", *lines, "", "COMMAND --help tells its options."])
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.corpus import Module, docstring_documents, docstrings, find_modules, package_versions
-from datamodules.text_sources import SourceError
+from datamodules.text_sources import SourceError, Split
 
 SOURCE = '''
 """Of the module.
@@ -56,7 +56,7 @@ def test_sources_without_docstrings_give_none(tmp_path: Path, source: str) -> No
 def test_a_docstring_is_kept_once(tmp_path: Path) -> None:
     modules = write(tmp_path, {"a": '"One."', "b": '"Two."\ndef f(): "One."\ndef g(): "Two."', "c": '"One."'})
     for num_workers in (1, 2):
-        texts = [document.text for document in docstring_documents(modules, 0.5, num_workers)]
+        texts = [document.text for document in docstring_documents(modules, Split(0.5, 0), num_workers)]
         assert texts == ["One.", "Two."]
 
 
@@ -64,7 +64,7 @@ def test_real_packages_divide_into_two_parts_that_share_nothing() -> None:
     modules = find_modules(("networkx",))
     assert modules == sorted(modules)
     assert any(module.name == "networkx.classes.graph" for module in modules)
-    documents = docstring_documents(modules, 0.1, num_workers=2)
+    documents = docstring_documents(modules, Split(0.1, 0), num_workers=2)
     held_out = sum(document.held_out for document in documents)
     assert 0.03 < held_out / len(documents) < 0.2
     every = [text for module in modules for text in docstrings(module.path)]

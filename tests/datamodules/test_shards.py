@@ -135,7 +135,7 @@ def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "does not exist; make it with: python cli.py prepare"),
+        (lambda path: None, "does not exist; make it with: python cli.py prepare pretrain"),
         (lambda path: path.mkdir(), "neither index.json nor .*it holds nothing"),
         (lambda path: path.write_bytes(b"123"), "has 3 bytes, no positive whole number"),
         (lambda path: path.write_bytes(b""), "has 0 bytes, no positive whole number"),

@@ -1,10 +1,22 @@
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datamodules.tokenizer import END_OF_TEXT, end_of_text_id, fingerprint, load_tokenizer, train_tokenizer
+from datamodules.tokenizer import (
+    END_OF_TEXT,
+    describe_tokenizer,
+    end_of_text_id,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = ["the cat sat on the mat", "a cat, the other cat\n\n    and the mat"] * 20
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -49,3 +61,75 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "b.json")
     with pytest.raises(ValueError, match="vocab_size=256 is too small"):
         train_tokenizer(TEXTS, 256)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub that serves the files of a folder, as far as a download asks."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        content = self._answer()
+        self.wfile.write(content)
+
+    def _answer(self) -> bytes:
+        file = self.folder / self.path.rpartition("/resolve/main/")[2]
+        if not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return b""
+        content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        return content
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that a hub on this machine serves as the repository some/model."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Serving", (Hub,), {"folder": folder}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield folder
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_tokenizer_comes_from_the_hub_by_its_name(hub: Path, tmp_path: Path) -> None:
+    TOKENIZER.save(str(hub / "tokenizer.json"))
+    save_tokenizer("some/model", tmp_path / "saved.json")
+    assert (tmp_path / "saved.json").read_bytes() == (hub / "tokenizer.json").read_bytes()
+    assert describe_tokenizer("some/model") == "some/model"
+
+
+def test_a_repository_with_a_sentencepiece_model_alone(hub: Path, tmp_path: Path) -> None:
+    (hub / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
+        save_tokenizer("some/model", tmp_path / "saved.json")
+    (hub / "tokenizer.model").unlink()
+    with pytest.raises(FileNotFoundError, match=r"some/model is neither a file here nor a repository of the hub with"):
+        save_tokenizer("some/model", tmp_path / "saved.json")
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.model", "some/folder/below"])
+def test_files_that_are_missing_are_not_looked_for_on_the_hub(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{name} does not exist: give a tokenizer.json"):
+        save_tokenizer(name, tmp_path / "saved.json")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty holds no tokenizer.json and no tokenizer.model"):
+        save_tokenizer(tmp_path / "empty", tmp_path / "saved.json")
