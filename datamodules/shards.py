@@ -122,6 +122,12 @@ class TokenShards:
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
 
+    def tokens(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The tokens from `start` to `stop`, (N,)."""
+        out = np.empty((1, stop - start), np.int64)
+        self.read_into(np.array([start]), out)
+        return out[0]
+
     def verify(self) -> None:
         """Read every file and compare it with its checksum; ShardError names the first that differs."""
         for file in self.index.files:

@@ -23,6 +23,10 @@ COMMANDS = {
     "predict": Command(None, "loss of every sequence"),
     "prepare pretrain": Command("datamodules.pretraining:prepare_pretrain", "turn text into shards and a tokenizer"),
     "prepare merge": Command("datamodules.pretraining:merge", "put together what several workers have prepared"),
+    "data inspect": Command(
+        "datamodules.inspection:inspect", "documents and statistics of shards, a picture of lengths"
+    ),
+    "data verify": Command("datamodules.inspection:verify", "compare shards with their checksums"),
     "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
