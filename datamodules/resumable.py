@@ -6,6 +6,7 @@ from collections.abc import Sized
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
 
 from datamodules.progress import Position, get_position, set_position
 from datamodules.sampler import EvalSampler, TrainSampler
@@ -146,6 +147,30 @@ class ResumableDataModule(LightningDataModule, ABC):
         """The data-parallel ranks: with tensor parallelism fewer than processes."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return kwargs or {"num_replicas": 1, "rank": 0}
+
+
+class SplitDataModule(ResumableDataModule, ABC):
+    """A `ResumableDataModule` with splits "train", "val" and "test", whose datasets give whole batches: indexed by the
+    sample numbers (B,) of a micro batch, PADDING among them."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Micro batches for this rank, from where the Trainer (or its checkpoint) stands."""
+        return self._loader("train", self.resumed_sampler())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Every validation sample once over all ranks, in order."""
+        return self._loader("val", self.eval_sampler("val"))
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test sample once over all ranks, in order."""
+        return self._loader("test", self.eval_sampler("test"))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test samples."""
+        return self.test_dataloader()
+
+    def _loader(self, split: str, sampler: TrainSampler | EvalSampler) -> DataLoader[Any]:
+        return DataLoader(self.dataset(split), batch_size=None, sampler=sampler, num_workers=self.num_workers)
 
 
 def check_at_least(least: int, **values: int | None) -> None:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
+from lightning_modules.metrics import TokenMean
 from lightning_modules.schedule import OptimizerConfig, accumulation, adamw
+from lightning_modules.scores import Scores, sequence_scores
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import differences
 from rat.ops import set_backend
@@ -32,7 +33,9 @@ class LanguageModel(LightningModule):
 
     Logged: train/loss (nats per token, over the micro batches of the step), train/lr, train/grad_norm (before
     clipping), train/tokens (seen so far); {val,test}/loss, /perplexity, weighted by tokens over all devices, and
-    /bits_per_byte where the data module knows `val_bytes_per_token`.
+    /bits_per_byte where the data module knows `val_bytes_per_token`. With `accuracy` also {val,test}/accuracy, the
+    share of counted targets that are the likeliest token, and /sequence_accuracy, the share of sequences (rows; with
+    `document_ids`, documents of a row) that have counted targets and get all of them right.
 
     Args:
         model: the architecture.
@@ -45,6 +48,8 @@ class LanguageModel(LightningModule):
         compile: compile the model with torch.compile.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
         init_from: a folder of `save_pretrained` or a released .pth, whose weights training starts from.
+        accuracy: measure it in validation, test and prediction. This stores the logits of all counted targets of a
+            micro batch: meant for data in which few count, like answers.
 
     Raises:
         ValueError: in setup, if the data's vocabulary does not fit the model's, or batch_size not global_batch_size;
@@ -63,6 +68,7 @@ class LanguageModel(LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
         init_from: Path | None = None,
+        accuracy: bool = False,
     ) -> None:
         super().__init__()
         self.config = model
@@ -73,11 +79,11 @@ class LanguageModel(LightningModule):
         self.compile_model = compile
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
+        self.accuracy = accuracy
         self.model: CausalLM | None = None
-        # Without nan_strategy every update would wait for the device.
-        self.train_nll, self.val_nll, self.test_nll = (
-            MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in range(3)
-        )
+        self.train_nll, self.val_nll, self.test_nll = TokenMean(), TokenMean(), TokenMean()
+        names = ("accuracy", "sequence_accuracy") if accuracy else ()
+        self.accuracies = nn.ModuleDict({f"{stage}/{name}": TokenMean() for stage in ("val", "test") for name in names})
 
     def setup(self, stage: str) -> None:
         """Check the data against the model, and turn the global batch into accumulation."""
@@ -143,17 +149,23 @@ class LanguageModel(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a micro batch."""
-        self.val_nll.update(*self._loss(batch))
+        self._count("val", self.val_nll, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a micro batch."""
-        self.test_nll.update(*self._loss(batch))
+        self._count("test", self.test_nll, batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
-        """The mean `nll` (B,) of each sequence in nats per token, and the `tokens` (B,) it was taken over."""
-        rows = [{name: x[i : i + 1] for name, x in batch.items()} for i in range(len(batch["labels"]))]
-        nll, counted = zip(*(self._loss(row) for row in rows), strict=True)
-        return {"nll": torch.stack(nll), "tokens": torch.stack(counted)}
+        """Scores of the S sequences of a batch: of every row; with `document_ids`, of every document of a row that
+        has counted targets, row by row and in the order of their ids.
+
+        Returns:
+            `nll` (S,) fp64, the mean loss in nats per counted target, 0 where there is none; `tokens` (S,) int64, how
+            many there are; with `accuracy` also `correct` (S,) bool, whether each of them is the likeliest token.
+        """
+        scores = self._scores(batch)
+        predicted = {"nll": scores.nll, "tokens": scores.tokens}
+        return predicted | {"correct": scores.right == scores.tokens} if self.accuracy else predicted
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all devices' tokens."""
@@ -177,21 +189,45 @@ class LanguageModel(LightningModule):
         if saved != self.config:
             raise ValueError(f"the checkpoint holds another model than the config: {differences(saved, self.config)}")
 
+    def _count(self, stage: str, nll: TokenMean, batch: Batch) -> None:
+        """Update the metrics of `stage` with a micro batch."""
+        if not self.accuracy:
+            nll.update(*self._loss(batch))
+            return
+        scores = self._scores(batch)
+        counted = scores.tokens.sum()
+        nll.update((scores.nll * scores.tokens).sum() / counted.clamp(min=1), counted)
+        self.accuracies[f"{stage}/accuracy"].update(scores.right.sum() / counted.clamp(min=1), counted)
+        sequences = (scores.tokens > 0).sum()
+        solved = ((scores.right == scores.tokens) & (scores.tokens > 0)).sum()
+        self.accuracies[f"{stage}/sequence_accuracy"].update(solved / sequences.clamp(min=1), sequences)
+
     def _loss(self, batch: Batch, passes: int = 1) -> tuple[Tensor, Tensor]:
         """The mean loss and how many targets count; `passes` of the forward FLOPs are what the step costs."""
+        return self._forward(batch, passes, labels=batch["labels"]), (batch["labels"] != IGNORED).sum()
+
+    def _scores(self, batch: Batch) -> Scores:
+        logits = self._forward(batch, positions=batch["labels"] != IGNORED)
+        return sequence_scores(logits, batch["labels"], batch.get("document_ids"))
+
+    def _forward(self, batch: Batch, passes: int = 1, **wanted: Tensor) -> Tensor:
         assert self.model is not None
-        input_ids, labels = batch["input_ids"], batch["labels"]
+        input_ids = batch["input_ids"]
         self.flops_per_batch = passes * self.model.flops_per_token(input_ids.shape[1]) * input_ids.numel()
         self._tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
-        return self.model(input_ids, labels, batch.get("document_ids")), (labels != IGNORED).sum()
+        return self.model(input_ids, document_ids=batch.get("document_ids"), **wanted)
 
-    def _log_metrics(self, stage: str, nll: MeanMetric) -> None:
+    def _log_metrics(self, stage: str, nll: TokenMean) -> None:
         loss = nll.compute()
         nll.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/perplexity", loss.exp(), sync_dist=True)
         if bytes_per_token := getattr(getattr(self.trainer, "datamodule", None), "val_bytes_per_token", None):
             self.log(f"{stage}/bits_per_byte", loss / math.log(2) / bytes_per_token, sync_dist=True)
+        for name, metric in self.accuracies.items():
+            if name.startswith(stage):
+                self.log(name, metric.compute(), prog_bar=True, sync_dist=True)
+                metric.reset()
 
     def _data_parallel_size(self) -> int:
         return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]

@@ -35,24 +35,33 @@ class CausalLM(Pretrained, Generator):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         initialize(self, config.init_std)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, document_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits, or the mean loss where `labels` are given.
 
         Args:
             input_ids: (B, T) int64, T >= 1.
             labels: (B, T) int64, the target of each position (shifted already); -100 is ignored.
             document_ids: (B, T); tokens of other documents are not seen.
+            positions: (B, T) bool, where logits are wanted; not together with labels.
 
         Returns:
-            (B, T, V) logits, or the cross-entropy in nats a token, a scalar, for which the logits are never stored
-            whole. It is 0 where every label is ignored.
+            (B, T, V) logits; (N, V) at the N chosen positions, row by row; or the cross-entropy in nats a token, a
+            scalar, for which the logits are never stored whole. It is 0 where every label is ignored.
         """
-        self._check(input_ids, labels)
+        self._check(input_ids, labels, positions)
         x = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x, document_ids)
         x = self.norm(x)
-        return F.linear(x, self.embedding.weight) if labels is None else self._loss(x, labels)
+        if labels is not None:
+            return self._loss(x, labels)
+        return F.linear(x if positions is None else x[positions], self.embedding.weight)
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         counted = (labels != IGNORED).sum().clamp(min=1)
@@ -66,11 +75,18 @@ class CausalLM(Pretrained, Generator):
         )
         return total / counted
 
-    def _check(self, input_ids: Tensor, labels: Tensor | None) -> None:
+    def _check(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids must be (B, T) with B, T >= 1, got {tuple(input_ids.shape)}")
         if labels is not None and labels.shape != input_ids.shape:
             raise ValueError(f"labels {tuple(labels.shape)} do not fit input_ids {tuple(input_ids.shape)}")
+        if positions is None:
+            return
+        if labels is not None:
+            raise ValueError("labels give a loss, positions give logits: pass one of them")
+        if positions.shape != input_ids.shape or positions.dtype != torch.bool:
+            found = f"{tuple(positions.shape)} {positions.dtype}"
+            raise ValueError(f"positions must be bool like input_ids {tuple(input_ids.shape)}, got {found}")
 
     def new_state(self, batch_size: int, max_length: int = 0) -> list[LayerState]:
         """An empty decoding state, a part for each layer, with room for `max_length` tokens a row."""
@@ -87,7 +103,7 @@ class CausalLM(Pretrained, Generator):
         Returns:
             (B, V) logits after each row's last token.
         """
-        self._check(input_ids, None)
+        self._check(input_ids)
         x = self.embedding(input_ids)
         for layer, part in zip(self.layers, state, strict=True):
             x = layer.step(x, part, lengths)

@@ -1,0 +1,78 @@
+"""Multi-query associative recall (Arora et al., arXiv 2312.04927)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from datamodules.resumable import check_at_least
+from datamodules.synthetic.task import Sample, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall(Task):
+    """Pairs of a key and a value; then, among noise, some of the keys again, each followed by its value, the answer.
+
+    As in the paper's code, id 0 is no key and no value, the keys come from the lower half of the ids and the values
+    from the upper one, all of a sample's are different, and a query at slot i >= 1 of two tokens behind the pairs is
+    as likely as i^(a - 1).
+    Different from it: a query is followed by its value, as in text, where the paper has noise; noise is never a key
+    of the sample, so that the key always asks for something; keys to ask may be fewer than there are; and near
+    queries ask for any key, where the paper's ask rather for the first ones.
+
+    Attributes:
+        vocab_size: ids in all: 0 for the end of text, vocab_size // 2 - 1 keys, and values.
+        num_pairs: keys with their values.
+        num_queries: keys asked for. null for all.
+        power_a: a of the power law above. Small ones ask mostly soon after the pairs, 1 anywhere alike.
+
+    Raises:
+        ValueError: numbers that do not fit each other, or too few ids for the pairs.
+    """
+
+    vocab_size: int = 8192
+    num_pairs: int = 8
+    num_queries: int | None = None
+    power_a: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_at_least(1, num_pairs=self.num_pairs, num_queries=self.num_queries)
+        if (self.num_queries or 0) > self.num_pairs:
+            raise ValueError(f"num_queries={self.num_queries} keys cannot be asked for, there are {self.num_pairs}")
+        if self.vocab_size < 2 * self.num_pairs + 2:
+            fix = f"{self.num_pairs} pairs need a vocab_size of at least {2 * self.num_pairs + 2}"
+            raise ValueError(f"vocab_size={self.vocab_size} is too small: {fix}")
+        if not self.power_a > 0:
+            raise ValueError(f"power_a={self.power_a} must be above 0")
+
+    @property
+    def eos_id(self) -> int:
+        """Never drawn, as neither key, value nor noise; it fills up batches."""
+        return 0
+
+    @property
+    def min_seq_len(self) -> int:
+        """Room for pairs and queries; the last value is only a target."""
+        return 2 * (self.num_pairs + self._asked) - 1
+
+    @property
+    def _asked(self) -> int:
+        return self.num_queries or self.num_pairs
+
+    def draw(self, rng: np.random.Generator, seq_len: int) -> Sample:
+        """See `Task.draw`."""
+        half, context = self.vocab_size // 2, 2 * self.num_pairs
+        all_keys = rng.permutation(np.arange(1, half))
+        keys, others = np.split(all_keys, [self.num_pairs])
+        values = rng.choice(np.arange(half, self.vocab_size), self.num_pairs, replace=False)
+        noise = np.concatenate([others, np.arange(half, self.vocab_size)])
+        tokens = rng.choice(noise, seq_len + 1)
+        tokens[:context:2], tokens[1:context:2] = keys, values
+
+        slots = np.arange(1, (seq_len + 1 - context) // 2 + 1)
+        weights = slots ** (self.power_a - 1)
+        places = context + 2 * (rng.choice(slots, self._asked, replace=False, p=weights / weights.sum()) - 1)
+        asked = rng.permutation(self.num_pairs)[: self._asked]
+        tokens[places], tokens[places + 1] = keys[asked], values[asked]
+        answers = np.zeros(seq_len + 1, dtype=bool)
+        answers[places + 1] = True
+        return Sample(tokens, answers)

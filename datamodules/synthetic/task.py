@@ -1,0 +1,69 @@
+"""What a synthetic task is: a pure function from a number to a sample."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+# The splits are streams of their own, so that none shares a sample with another but by chance.
+_STREAMS = {"train": 0, "val": 1, "test": 2}
+
+
+class Sample(NamedTuple):
+    """`tokens` (T + 1,) int64, and `answers` (T + 1,) bool: which of them are asked for."""
+
+    tokens: NDArray[np.int64]
+    answers: NDArray[np.bool_]
+
+
+class Task(ABC):
+    """Samples of T + 1 tokens, the answers of which follow from the tokens before them."""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    @abstractmethod
+    def eos_id(self) -> int:
+        """The token that ends a sample, and fills up what is behind."""
+
+    @property
+    @abstractmethod
+    def min_seq_len(self) -> int:
+        """The smallest T that the task fits into."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, seq_len: int) -> Sample:
+        """A sample of seq_len + 1 tokens, seq_len being at least `min_seq_len`."""
+
+    def identity(self) -> str:
+        """What decides the samples besides their numbers, the same on every machine."""
+        return repr(self)
+
+    def check_seq_len(self, seq_len: int) -> None:
+        """Raise a ValueError if the task does not fit."""
+        if seq_len < self.min_seq_len:
+            raise ValueError(f"{self} does not fit into seq_len={seq_len}: it needs at least {self.min_seq_len}")
+
+    def sample(self, seed: int, split: str, i: int, seq_len: int) -> Sample:
+        """Sample i of `split` ("train", "val" or "test"): a pure function of its arguments.
+
+        Raises:
+            ValueError: the task does not fit into seq_len.
+        """
+        self.check_seq_len(seq_len)
+        # as a spawn key, unlike as further entropy, (split, i) never meets the key of another seed
+        seeds = np.random.SeedSequence(seed, spawn_key=(_STREAMS[split], i))
+        return self.draw(np.random.default_rng(seeds), seq_len)
+
+
+def fill_up(prompt: NDArray[np.int64], answer: NDArray[np.int64], eos_id: int, seq_len: int) -> Sample:
+    """`prompt`, `answer` and an end of text, which is asked for like the answer; ends of text behind."""
+    tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
+    end = len(prompt) + len(answer)
+    tokens[:end] = np.concatenate([prompt, answer])
+    places = np.arange(seq_len + 1)
+    return Sample(tokens, (places >= len(prompt)) & (places <= end))
