@@ -31,6 +31,9 @@ COMMANDS = {
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
     "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "train step of the layers, side by side"),
+    "bench prepare": Command(
+        "datamodules.prepare_benchmark:prepare_throughput", "tokens/s and memory of prepare pretrain"
+    ),
     "bench loader": Command("datamodules.benchmark:loader_throughput", "tokens/s of the data loader"),
 }
 
