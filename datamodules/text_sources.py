@@ -201,7 +201,7 @@ def _texts(rows: Iterator[Mapping[str, Any]], text_key: str, label: str) -> Iter
 
 def _text_file(path: Path) -> Iterator[str]:
     try:
-        yield path.read_text(encoding="utf-8")
+        yield path.read_bytes().decode("utf-8")  # to the letter: as text its line ends would change
     except UnicodeDecodeError as error:
         raise SourceError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
