@@ -100,9 +100,9 @@ class RAT(GatedMixer):
         The slot of an open chunk is overwritten until the chunk closes; nobody sees it before.
         """
         length, size = k.shape[1], self.chunk_size
-        slots = (length + size - 2) // size + 1
-        state.reserve(state.longest // size + slots, "end_keys", "end_values")
-        slot = (state.lengths // size)[:, None] + torch.arange(slots, device=k.device)
+        touched, last = (length + size - 2) // size + 1, (state.longest + length - 1) // size
+        state.reserve(last + 1, "end_keys", "end_values")
+        slot = ((state.lengths // size)[:, None] + torch.arange(touched, device=k.device)).clamp(max=last)
         own = length if lengths is None else lengths[:, None]
         token = torch.minimum((slot + 1) * size - state.lengths[:, None], torch.as_tensor(own)).clamp(1) - 1
         rows = torch.arange(k.shape[0], device=k.device)[:, None]

@@ -58,7 +58,7 @@ class LayerState:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as tensors, for torch.save or safetensors."""
-        return {"lengths": self.lengths} | self.tensors
+        return {"lengths": self.lengths} | {name: x.contiguous() for name, x in self.tensors.items()}
 
     @classmethod
     def from_state_dict(cls, saved: Mapping[str, Tensor]) -> Self:
