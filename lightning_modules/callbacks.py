@@ -120,12 +120,16 @@ class MemoryLengthHistogram(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._watched: dict[int, GatedMixer] = {}
+        self._step: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask the layers to keep their gates in the step that logs."""
+        """Ask the layers to keep their gates in the first micro batch of a step that logs."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
             return
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
         layers = enumerate(pl_module.model.layers)
         self._watched = {i: layer.mixer for i, layer in layers if isinstance(layer.mixer, GatedMixer)}
         for mixer in self._watched.values():
@@ -140,7 +144,7 @@ class MemoryLengthHistogram(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_histogram(
-                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), trainer.global_step
+                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), self._step
                     )
             mixer.watched, mixer.gate_logits = False, None
         self._watched = {}

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
+from lightning_modules.metrics import TokenMean
 from lightning_modules.schedule import OptimizerConfig, accumulation, adamw
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import differences
@@ -74,10 +74,7 @@ class LanguageModel(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
         self.model: CausalLM | None = None
-        # Without nan_strategy every update would wait for the device.
-        self.train_nll, self.val_nll, self.test_nll = (
-            MeanMetric(nan_strategy="disable").set_dtype(torch.float64) for _ in range(3)
-        )
+        self.train_nll, self.val_nll, self.test_nll = TokenMean(), TokenMean(), TokenMean()
 
     def setup(self, stage: str) -> None:
         """Check the data against the model, and turn the global batch into accumulation."""
@@ -185,7 +182,7 @@ class LanguageModel(LightningModule):
         self._tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
         return self.model(input_ids, labels, batch.get("document_ids")), (labels != IGNORED).sum()
 
-    def _log_metrics(self, stage: str, nll: MeanMetric) -> None:
+    def _log_metrics(self, stage: str, nll: TokenMean) -> None:
         loss = nll.compute()
         nll.reset()
         self.log(f"{stage}/loss", loss, prog_bar=True, sync_dist=True)
