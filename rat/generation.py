@@ -198,10 +198,17 @@ def pad_prompts(prompts: Sequence[Prompt], vocab_size: int, device: torch.device
     Raises:
         ValueError: a prompt is empty, is not one sequence of ids, or names a token outside the vocabulary.
     """
-    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            row = torch.as_tensor(prompt)
+        except (TypeError, ValueError):
+            raise ValueError(f"prompt {i} must be a sequence of token ids, got {str(prompt)[:40]!r}") from None
         if row.ndim != 1 or not len(row):
             raise ValueError(f"prompt {i} must be a sequence of at least one token id, got shape {tuple(row.shape)}")
+        if row.is_floating_point():
+            raise ValueError(f"prompt {i} must hold whole numbers, got {row.dtype}")
+        rows.append(row := row.long())
         if row.min() < 0 or row.max() >= vocab_size:
             worst = int(row.max() if row.max() >= vocab_size else row.min())
             raise ValueError(f"prompt {i} holds token {worst}, the vocabulary has 0 to {vocab_size - 1}")

@@ -87,6 +87,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _rename(task: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     theirs = {name.removeprefix(COMPILED): x for name, x in task.items()}
+    for name, x in theirs.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor, but {type(x).__name__}")
     head, embedding = theirs.pop(HEAD, None), theirs.get("embedding.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(f"{path}: {HEAD} differs from embedding.wte.weight, but the head is tied to the embedding")
