@@ -148,5 +148,6 @@ class SlidingWindowAttention(Attention):
 
 def _masked(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     """Queries (B, T, H, d) against a cache (B, H, N, d) under a mask (B, T, N)."""
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen[:, None])
     return out.transpose(1, 2)

@@ -81,7 +81,7 @@ class RAT(GatedMixer):
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         self._write_ends(k, v, state, lengths)
         seen = -(-(state.longest + x.shape[1]) // self.chunk_size)
-        ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2) for n in ("end_keys", "end_values"))
+        ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2).to(k.dtype) for n in ("end_keys", "end_values"))
         mixed = chunk_attention(
             q,
             k,

@@ -158,17 +158,30 @@ def test_the_recurrent_state_is_fp32_under_bf16(make_mixer: Callable, name: Mixe
     mixer, x = make_mixer(name), random(1, 9, D)
     if how == "weights":
         mixer, x = mixer.bfloat16(), x.bfloat16()
+    recurrent = RECURRENT.get(name, ())
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         state = mixer.new_state(1)
+        expected = {n: torch.float32 if n in recurrent else torch.bfloat16 for n in state.tensors}
         for piece in x.split([1, 5, 1, 1, 1], dim=1):
+            assert {n: y.dtype for n, y in state.tensors.items()} == expected
             assert mixer.step(piece, state).dtype == torch.bfloat16
-    recurrent = RECURRENT.get(name, ())
-    assert {n: y.dtype for n, y in state.tensors.items()} == {
-        n: torch.float32 if n in recurrent else torch.bfloat16 for n in state.tensors
-    }
+    assert {n: y.dtype for n, y in state.tensors.items()} == expected
     # Not only stored so: what it holds needs more than bf16.
     for n in recurrent:
         assert not torch.equal(state.tensors[n], state.tensors[n].bfloat16().float())
+
+
+@pytest.mark.parametrize("made_under_autocast", [True, False])
+@torch.no_grad()
+def test_a_state_may_meet_another_precision(
+    make_mixer: Callable, name: MixerName, made_under_autocast: bool, assert_close: Callable
+) -> None:
+    mixer, x = make_mixer(name), random(1, 9, D)
+    with torch.autocast("cpu", torch.bfloat16, enabled=made_under_autocast):
+        state = mixer.new_state(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not made_under_autocast):
+        steps = [mixer.step(piece, state).float() for piece in x.split([3, 1, 5], dim=1)]
+    assert_close(torch.cat(steps, dim=1), mixer(x), 0.05)
 
 
 @pytest.mark.parametrize(("name", "setting"), [("rnn", "small"), ("rat", "long")])
