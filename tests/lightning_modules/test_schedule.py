@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_modules.schedule import OptimizerConfig, accumulation, adamw, learning_rate
-
-PAPER = OptimizerConfig()
+from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw, learning_rate
 
 
 def cosine(progress: float) -> float:
