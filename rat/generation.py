@@ -139,6 +139,8 @@ class Generator(nn.Module):
         eos_token_id: int | None,
         generator: torch.Generator | None,
     ) -> Iterator[list[int | None]]:
+        if eos_token_id is not None and not 0 <= eos_token_id < self.config.vocab_size:
+            raise ValueError(f"eos_token_id {eos_token_id} lies outside the vocabulary of {self.config.vocab_size}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         ids, lengths = pad_prompts(prompts, self.config.vocab_size, next(self.parameters()).device)

@@ -79,6 +79,9 @@ class Attention(Mixer):
         seen = torch.arange(filled, device=q.device) <= positions[:, :, None]
         return _masked(q, keys, values, seen)
 
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return torch.ones_like(after, dtype=torch.bool)
+
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2 + 2 T D; causal halves are counted."""
         return 8 * self.d_model**2 + 2 * seq_len * self.d_model
@@ -136,6 +139,9 @@ class SlidingWindowAttention(Attention):
         mixed = _masked(q, keys, values, known[:, None] & (distance >= 0) & (distance <= self.window_size))
         self._remember(k, v, state, lengths)
         return mixed
+
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return (before <= self.window_size + 1) | (after == before - 1)
 
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2 + 4 W D, and never more than attention's."""

@@ -112,6 +112,9 @@ class RAT(GatedMixer):
         state.tensors["end_keys"][rows, :, slot] = keys.to(state.tensors["end_keys"].dtype)
         state.tensors["end_values"][rows, :, slot] = v[rows, token].to(state.tensors["end_values"].dtype)
 
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return after % self.chunk_size == 0  # where the recurrence is emptied anyway
+
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 2 (4D + 2Gd) D + 2 (T / L) D; causal halves are counted."""
         return 2 * (sum(self.widths) + self.d_model) * self.d_model + 2 * seq_len * self.d_model // self.chunk_size

@@ -57,7 +57,7 @@ class LayerState:
         return sum(x.nbytes for x in self.tensors.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as tensors, for torch.save or safetensors."""
+        """Everything as tensors, for torch.save or safetensors; they share memory with this state."""
         return {"lengths": self.lengths} | {name: x.contiguous() for name, x in self.tensors.items()}
 
     @classmethod
