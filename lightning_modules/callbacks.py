@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -32,6 +33,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's. Raises ValueError for a file that is no whole checkpoint."""
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, UnpicklingError):
+            raise ValueError(f"{path} is damaged or no checkpoint: copy it again, or give another") from None
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -120,12 +128,16 @@ class MemoryLengthHistogram(Callback):
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._watched: dict[int, GatedMixer] = {}
+        self._step: int | None = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Ask the layers to keep their gates in the step that logs."""
+        """Ask the layers to keep their gates in the first micro batch of a step that logs."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
             return
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
         layers = enumerate(pl_module.model.layers)
         self._watched = {i: layer.mixer for i, layer in layers if isinstance(layer.mixer, GatedMixer)}
         for mixer in self._watched.values():
@@ -140,7 +152,7 @@ class MemoryLengthHistogram(Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_histogram(
-                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), trainer.global_step
+                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), self._step
                     )
             mixer.watched, mixer.gate_logits = False, None
         self._watched = {}

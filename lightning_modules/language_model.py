@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import Optimizer
 
 from lightning_modules.metrics import TokenMean
-from lightning_modules.schedule import OptimizerConfig, accumulation, adamw
+from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw
 from lightning_modules.scores import Scores, sequence_scores
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import differences
@@ -61,7 +61,7 @@ class LanguageModel(LightningModule):
     def __init__(
         self,
         model: ModelConfig,
-        optimizer: OptimizerConfig | None = None,
+        optimizer: OptimizerConfig = PAPER,
         global_batch_size: int | None = None,
         val_every_n_steps: int | None = None,
         kernel_backend: Literal["auto", "reference", "portable"] = "auto",
@@ -72,7 +72,7 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.config = model
-        self.optimizer_config = optimizer or OptimizerConfig()
+        self.optimizer_config = optimizer
         self.global_batch_size = global_batch_size
         self.val_every_n_steps = val_every_n_steps
         self.kernel_backend = kernel_backend

@@ -41,6 +41,9 @@ class OptimizerConfig:
             raise ValueError(f"warmup_fraction must be at least 0 and below 1, got {self.warmup_fraction}")
 
 
+PAPER = OptimizerConfig()
+
+
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
     """The learning rate of optimiser step n = `step` (from 0) of N = `total_steps`.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100
+from rat.model import IGNORED
 
 
 class Scores(NamedTuple):

@@ -50,8 +50,9 @@ class ModelConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         for name in ("norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} must be above 0, got {value!r}")
         unknown = [name for name in self.pattern if name not in get_args(MixerName)]
         if unknown or not self.pattern:
             raise ValueError(f"pattern must name {get_args(MixerName)}, got {list(self.pattern)}")
@@ -61,9 +62,10 @@ class ModelConfig:
             raise ValueError(f"d_model {self.d_model} is not divisible by num_heads {self.num_heads}")
         if "rat" in self.pattern and self.num_heads % self.num_groups:
             raise ValueError(f"num_heads {self.num_heads} is not divisible by num_groups {self.num_groups}")
-        if self.rope_base is not None and not self.rope_base > 1:
-            raise ValueError(f"rope_base must be above 1, or null for no positions, got {self.rope_base!r}")
-        positioned = set(self.pattern) != {"rnn"} and self.rope_base is not None
+        base = self.rope_base
+        if base is not None and (not isinstance(base, int | float) or not base > 1):
+            raise ValueError(f"rope_base must be above 1, or null for no positions, got {base!r}")
+        positioned = set(self.pattern) != {"rnn"} and base is not None
         if positioned and self.d_model // self.num_heads % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.d_model // self.num_heads}")
 
@@ -83,10 +85,16 @@ class ModelConfig:
             raise ValueError(f"{source}: unknown keys {unknown}; a model config has {sorted(known)}")
         try:
             return cls(**values)  # type: ignore[arg-type]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from None
 
     @classmethod
     def from_json(cls, path: Path) -> Self:
-        """Read config.json."""
-        return cls.from_dict(json.loads(path.read_text()), str(path))
+        """Read config.json; a ValueError names the file that holds something else."""
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} holds no model config: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds no model config, but a {type(values).__name__}")
+        return cls.from_dict(values, str(path))

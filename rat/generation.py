@@ -139,6 +139,8 @@ class Generator(nn.Module):
         eos_token_id: int | None,
         generator: torch.Generator | None,
     ) -> Iterator[list[int | None]]:
+        if eos_token_id is not None and not 0 <= eos_token_id < self.config.vocab_size:
+            raise ValueError(f"eos_token_id {eos_token_id} lies outside the vocabulary of {self.config.vocab_size}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         ids, lengths = pad_prompts(prompts, self.config.vocab_size, next(self.parameters()).device)
@@ -198,10 +200,17 @@ def pad_prompts(prompts: Sequence[Prompt], vocab_size: int, device: torch.device
     Raises:
         ValueError: a prompt is empty, is not one sequence of ids, or names a token outside the vocabulary.
     """
-    rows = [torch.as_tensor(prompt, dtype=torch.long) for prompt in prompts]
-    for i, row in enumerate(rows):
+    rows = []
+    for i, prompt in enumerate(prompts):
+        try:
+            row = torch.as_tensor(prompt)
+        except (TypeError, ValueError):
+            raise ValueError(f"prompt {i} must be a sequence of token ids, got {str(prompt)[:40]!r}") from None
         if row.ndim != 1 or not len(row):
             raise ValueError(f"prompt {i} must be a sequence of at least one token id, got shape {tuple(row.shape)}")
+        if row.is_floating_point():
+            raise ValueError(f"prompt {i} must hold whole numbers, got {row.dtype}")
+        rows.append(row := row.long())
         if row.min() < 0 or row.max() >= vocab_size:
             worst = int(row.max() if row.max() >= vocab_size else row.min())
             raise ValueError(f"prompt {i} holds token {worst}, the vocabulary has 0 to {vocab_size - 1}")

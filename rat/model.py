@@ -110,6 +110,17 @@ class CausalLM(Pretrained, Generator):
         last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
         return F.linear(self.norm(last), self.embedding.weight)
 
+    def crop(self, state: list[LayerState], lengths: Tensor) -> None:
+        """Take every row of `state` back to its first `lengths` (B,) tokens, in place, or leave all as it is.
+
+        Raises:
+            ValueError: a layer cannot, see `Mixer.check_crop`.
+        """
+        for layer, part in zip(self.layers, state, strict=True):
+            layer.mixer.check_crop(part, lengths)
+        for layer, part in zip(self.layers, state, strict=True):
+            layer.mixer.crop(part, lengths)
+
     def num_parameters(self) -> int:
         """Trained numbers; the head is the embedding and counts once."""
         return sum(p.numel() for p in self.parameters())

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -21,7 +21,8 @@ class ConfigError(TypeError):
 class ConfigParser(ArgumentParser):
     """A parser whose errors are one message instead of a page of usage."""
 
-    reading: Path | None = None
+    # Of the class, since parts of a file are read by parsers that jsonargparse makes from this one.
+    reading: ClassVar[Path | None] = None
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, in which file, and stop with status 2."""
@@ -44,10 +45,12 @@ class ConfigFile(ActionConfigFile):
         """Read a file: first the ones it builds on, then its own keys, all of them checked."""
         for path in lineage(Path(values)):
             check_keys(parser, cfg, path)
-            parser.reading = path
-            self.apply_config(parser, cfg, self.dest, str(path))
+            try:
+                ConfigParser.reading = path
+                self.apply_config(parser, cfg, self.dest, str(path))
+            finally:
+                ConfigParser.reading = None
             cfg.pop(BASE, None)
-            parser.reading = None
 
 
 def lineage(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
@@ -58,8 +61,13 @@ def lineage(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """
     if path.resolve() in above:
         raise ConfigError(f"{path} builds on itself")
-    bases = read(path).get(BASE, [])
-    for base in [bases] if isinstance(bases, str) else bases:
+    given = read(path).get(BASE, [])
+    bases = [given] if isinstance(given, str) else given
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: {BASE} must be a file or a list of files, not {given!r:.40}")
+    for base in bases:
+        if not (path.parent / base).is_file():
+            raise ConfigError(f"{path}: its {BASE} {path.parent / base} does not exist")
         yield from lineage(path.parent / base, (*above, path.resolve()))
     yield path
 
@@ -91,12 +99,14 @@ def check_keys(parser: ArgumentParser, previous: Namespace, path: Path) -> None:
     def walk(node: Mapping[str, Any], prefix: str) -> None:
         for key, value in node.items():
             name = prefix + str(key).removesuffix("+")
-            if name in branches and isinstance(value, Mapping):
+            if name in branches:
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"{path}: {name} must hold keys and values, not {value!r:.40}")
                 walk(value, name + ".")
             elif name in leaves:
                 before = previous.get(name)
                 _check_classes(value, name, before if isinstance(before, Mapping | Namespace) else {}, path)
-            elif name not in branches:
+            else:
                 known = {other[len(prefix) :].split(".")[0] for other in leaves if other.startswith(prefix)}
                 _refuse(path, prefix, str(key), {other for other in known if not other.startswith("print_")})
 
@@ -108,7 +118,7 @@ def _check_classes(value: Any, name: str, before: Mapping[str, Any] | Namespace,
     if isinstance(value, list):
         for i, item in enumerate(value):
             _check_classes(item, f"{name}[{i}]", {}, path)
-    if not isinstance(value, Mapping) or not {"class_path", "init_args"} & set(value):
+    if not isinstance(value, Mapping) or not ({"class_path", "init_args"} & set(value) or "class_path" in before):
         return
     for key in set(value) - {"class_path", "init_args", "dict_kwargs"}:
         _refuse(path, name + ".", str(key), {"class_path", "init_args", "dict_kwargs"})

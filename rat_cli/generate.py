@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders
 
 from datamodules.tokenizer import end_of_text_id, load_tokenizer
+from lightning_modules.callbacks import AtomicCheckpointIO
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import check_weights
 
@@ -19,6 +21,7 @@ def generate(
     prompt: list[str] | str | None = None,
     prompts_file: Path | None = None,
     tokenizer: Path | None = None,
+    architecture: dict[str, Any] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -35,6 +38,7 @@ def generate(
         prompt: a text to continue, or several: '["one", "another"]'.
         prompts_file: a text file with a prompt on each line.
         tokenizer: a tokenizer.json, or a folder that holds one. Default: the one in the checkpoint's folder.
+        architecture: what a .pth does not tell of its model: '{num_heads: 16, chunk_size: 16}'.
         max_new_tokens: at most so many for each prompt.
         temperature: 0 always takes the likeliest token; 1 draws as the model predicts.
         top_k: draw from the k likeliest tokens only.
@@ -46,11 +50,12 @@ def generate(
 
     Raises:
         FileNotFoundError: no such checkpoint, prompts or tokenizer.
-        ValueError: no prompt, an empty one, or files that do not fit each other.
+        ValueError: no prompt, an empty one, files that do not fit each other, or no such device.
     """
+    _check_device(device)
     texts = _prompts(prompt, prompts_file)
     vocabulary = load_tokenizer(_tokenizer_beside(checkpoint) if tokenizer is None else tokenizer)
-    model = load_model(checkpoint).to(device).eval()
+    model = load_model(checkpoint, architecture).to(device).eval()
     if vocabulary.get_vocab_size() > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocabulary.get_vocab_size()} tokens, {checkpoint} only {model.config.vocab_size}:"
@@ -74,16 +79,22 @@ def generate(
         print(text + "".join(decoded(vocabulary, iter(row))), end="\n\n")
 
 
-def load_model(checkpoint: Path) -> CausalLM:
+def load_model(checkpoint: Path, architecture: dict[str, Any] | None = None) -> CausalLM:
     """The model of a folder of `save_pretrained`, a .ckpt of training, or a released .pth; nothing in it is run.
+
+    Args:
+        checkpoint: the folder or file.
+        architecture: the fields of ModelConfig that a released file does not tell.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: not a checkpoint, or one whose weights do not fit its config.
     """
     if checkpoint.suffix != ".ckpt":
-        return CausalLM.from_pretrained(checkpoint)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return CausalLM.from_pretrained(checkpoint, architecture)
+    if architecture:
+        raise ValueError(f"{checkpoint} tells its architecture itself: --architecture is for a .pth")
+    content = AtomicCheckpointIO().load_checkpoint(checkpoint, "cpu", weights_only=True)
     if "model_config" not in content:
         raise ValueError(f"{checkpoint} was not written by cli.py fit: it holds no model_config")
     config = ModelConfig.from_dict(content["model_config"], str(checkpoint))
@@ -102,6 +113,15 @@ def decoded(vocabulary: Tokenizer, tokens: Iterator[int | None]) -> Iterator[str
         piece = None if token is None else stream.step(vocabulary, token)
         if piece:
             yield piece
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"there is no device {device!r} here: give cpu, cuda or cuda:N")
 
 
 def _prompts(prompt: list[str] | str | None, file: Path | None) -> list[str]:

@@ -54,6 +54,16 @@ class RatCLI(LightningCLI):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super()._instantiate_trainer(config, callbacks)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning's reads the whole checkpoint for arguments to override, and the config is to decide."""
+
+    def instantiate_classes(self) -> None:
+        """Make trainer, model and data. Raises ValueError with what the one at fault says, without its wrapping."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(str(error.__cause__ or error)) from None
+
 
 def run(args: list[str]) -> None:
     """Parse `args`, a subcommand first, and run it."""

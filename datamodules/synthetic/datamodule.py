@@ -77,9 +77,13 @@ class SyntheticDataModule(SplitDataModule):
         super().__init__(batch_size=batch_size, global_batch_size=global_batch_size, seed=seed, num_workers=num_workers)
         counts = {"train_samples": train_samples, "val_samples": val_samples, "test_samples": test_samples}
         check_at_least(1, seq_len=seq_len, **counts)
-        task.check_seq_len(seq_len)
         self.task, self.seq_len = task, seq_len
         self._counts = {name.removesuffix("_samples"): count for name, count in counts.items()}
+
+    def setup(self, stage: str) -> None:
+        """Refuse a task that does not fit into seq_len."""
+        super().setup(stage)
+        self.task.check_seq_len(self.seq_len)
 
     @property
     def vocab_size(self) -> int:

@@ -67,8 +67,8 @@ class Needles(Task):
     Attributes:
         variant: see above.
         num_needles: needles of a sample; `single` has one whatever this says.
-        keys: what keys are: words (an adjective and a noun), numbers or uuids.
-        values: what values are.
+        key_kind: what keys are: words (an adjective and a noun), numbers or uuids.
+        value_kind: what values are.
         num_digits: of numbers.
         depth: where the needles asked for stand, from 0, before all noise, to 1, behind it. null for anywhere, each on
             its own, as the distracting needles of multi_key always are.
@@ -81,8 +81,8 @@ class Needles(Task):
 
     variant: Variant = "single"
     num_needles: int = 4
-    keys: Kind = "words"
-    values: Kind = "numbers"
+    key_kind: Kind = "words"
+    value_kind: Kind = "numbers"
     num_digits: int = 7
     depth: float | None = None
     tokenizer: Path | None = None
@@ -93,7 +93,7 @@ class Needles(Task):
             raise ValueError(f"num_digits={self.num_digits} must be at most 18")
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ValueError(f"depth={self.depth} must lie between 0 and 1")
-        for name, kind, needed in (("keys", self.keys, self._num_keys), ("values", self.values, self._count)):
+        for name, kind, needed in (("keys", self.key_kind, self._num_keys), ("values", self.value_kind, self._count)):
             if (there_are := how_many(kind, self.num_digits)) < needed:
                 raise ValueError(f"{needed} needles need different {name}, and there are only {there_are} {kind}")
 
@@ -145,8 +145,8 @@ class Needles(Task):
 
     def _story(self, rng: np.random.Generator) -> Story:
         count = self._count
-        keys = draw_names(rng, self.keys, self._num_keys, self.num_digits) * (count // self._num_keys)
-        values = draw_names(rng, self.values, count, self.num_digits)
+        keys = draw_names(rng, self.key_kind, self._num_keys, self.num_digits) * (count // self._num_keys)
+        values = draw_names(rng, self.value_kind, count, self.num_digits)
         asked = rng.permutation(count)[: 1 if self.variant == "multi_key" else count]
         depths = rng.random(count)
         if self.depth is not None:
@@ -156,7 +156,7 @@ class Needles(Task):
 
     def _text(self, story: Story, noise: list[str]) -> tuple[str, str]:
         """Prompt and answer."""
-        magic = f"special magic {self.values.removesuffix('s')}"
+        magic = f"special magic {self.value_kind.removesuffix('s')}"
         parts, told = [], 0
         for i in story.order:
             place = round(story.depths[i] * len(noise))

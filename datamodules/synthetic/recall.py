@@ -15,15 +15,16 @@ class Recall(Task):
     As in the paper's code, id 0 is no key and no value, the keys come from the lower half of the ids and the values
     from the upper one, all of a sample's are different, and a query at slot i >= 1 of two tokens behind the pairs is
     as likely as i^(a - 1).
-    Different from it: a query is followed by its value, as in text, where the paper has noise; noise is never a key
-    of the sample, so that the key always asks for something; keys to ask may be fewer than there are; and near
-    queries ask for any key, where the paper's ask rather for the first ones.
+    Different from it: a query is followed by its value, as in text, where the paper's is by noise; noise is never a key
+    of the sample, so that a key always asks; keys asked for may be fewer than there are, and which of them comes
+    first does not depend on the order of the pairs, as it does where the paper draws near slots for the first ones.
 
     Attributes:
         vocab_size: ids in all: 0 for the end of text, vocab_size // 2 - 1 keys, and values.
         num_pairs: keys with their values.
         num_queries: keys asked for. null for all.
         power_a: a of the power law above. Small ones ask mostly soon after the pairs, 1 anywhere alike.
+        noise: whether random ids stand between the queries, or id 0, as in the paper's experiments.
 
     Raises:
         ValueError: numbers that do not fit each other, or too few ids for the pairs.
@@ -33,6 +34,7 @@ class Recall(Task):
     num_pairs: int = 8
     num_queries: int | None = None
     power_a: float = 0.01
+    noise: bool = True
 
     def __post_init__(self) -> None:
         check_at_least(1, num_pairs=self.num_pairs, num_queries=self.num_queries)
@@ -46,7 +48,7 @@ class Recall(Task):
 
     @property
     def eos_id(self) -> int:
-        """Never drawn, as neither key, value nor noise; it fills up batches."""
+        """Neither a key, a value nor noise; it fills up batches."""
         return 0
 
     @property
@@ -64,7 +66,7 @@ class Recall(Task):
         all_keys = rng.permutation(np.arange(1, half))
         keys, others = np.split(all_keys, [self.num_pairs])
         values = rng.choice(np.arange(half, self.vocab_size), self.num_pairs, replace=False)
-        noise = np.concatenate([others, np.arange(half, self.vocab_size)])
+        noise = np.concatenate([others, np.arange(half, self.vocab_size)]) if self.noise else [self.eos_id]
         tokens = rng.choice(noise, seq_len + 1)
         tokens[:context:2], tokens[1:context:2] = keys, values
 

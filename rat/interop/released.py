@@ -71,10 +71,11 @@ def _load(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([(_EasyDict, "easydict.EasyDict")]):  # type: ignore[list-item]
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = re.search(r"WeightsUnpickler error: *\n?(.*)|Unsupported .*", str(error))
+        # PyTorch's own message advises to load the file without protection.
+        reason = re.search(r"(?:WeightsUnpickler error:\s*|Trying to load )(.*)", str(error))
         raise ValueError(
-            f"{path} holds more than tensors and plain data, and none of it was run: "
-            f"{reason[0].strip() if reason else error}"
+            f"{path} is damaged, or holds more than tensors and plain data, and none of it was run: "
+            f"{reason[1] if reason else 'it cannot be unpickled'}"
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint, copy it again: {error}") from None
@@ -86,6 +87,9 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _rename(task: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     theirs = {name.removeprefix(COMPILED): x for name, x in task.items()}
+    for name, x in theirs.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{path}: {name} is no tensor, but {type(x).__name__}")
     head, embedding = theirs.pop(HEAD, None), theirs.get("embedding.wte.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(f"{path}: {HEAD} differs from embedding.wte.weight, but the head is tied to the embedding")

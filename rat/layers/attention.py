@@ -79,6 +79,9 @@ class Attention(Mixer):
         seen = torch.arange(filled, device=q.device) <= positions[:, :, None]
         return _masked(q, keys, values, seen)
 
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return torch.ones_like(after, dtype=torch.bool)
+
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2 + 2 T D; causal halves are counted."""
         return 8 * self.d_model**2 + 2 * seq_len * self.d_model
@@ -137,6 +140,9 @@ class SlidingWindowAttention(Attention):
         self._remember(k, v, state, lengths)
         return mixed
 
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return (before <= self.window_size + 1) | (after == before - 1)
+
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2 + 4 W D, and never more than attention's."""
         return min(super().flops_per_token(seq_len), 8 * self.d_model**2 + 4 * self.window_size * self.d_model)
@@ -148,5 +154,6 @@ class SlidingWindowAttention(Attention):
 
 def _masked(q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
     """Queries (B, T, H, d) against a cache (B, H, N, d) under a mask (B, T, N)."""
+    keys, values = keys.to(q.dtype), values.to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen[:, None])
     return out.transpose(1, 2)

@@ -41,6 +41,35 @@ class Mixer(nn.Module, ABC):
                 outputs are meaningless and which leaves no trace.
         """
 
+    def crop(self, state: LayerState, lengths: Tensor) -> None:
+        """Let every row forget what it has seen behind its first `lengths` (B,) tokens; in place.
+
+        Raises:
+            ValueError: as `check_crop`.
+        """
+        self.check_crop(state, lengths)
+        state.lengths, state.longest = lengths.clone(), int(lengths.max())
+
+    def check_crop(self, state: LayerState, lengths: Tensor) -> None:
+        """Raise ValueError if a row is shorter than that, or its mixer cannot go back so far.
+
+        Attention always can; RAT to the end of any chunk; a sliding window as long as no token has left it, else by
+        one; a recurrence to 0.
+        """
+        if lengths.shape != state.lengths.shape or ((lengths < 0) | (lengths > state.lengths)).any():
+            raise ValueError(f"cannot crop rows of {state.lengths.tolist()} tokens to {lengths.tolist()}")
+        kept = (lengths == state.lengths) | self._can_crop(state.lengths, lengths)
+        if not kept.all():
+            row = int((~kept).nonzero()[0])
+            raise ValueError(
+                f"{type(self).__name__} cannot go back from {int(state.lengths[row])} to {int(lengths[row])} tokens"
+                f" (row {row}): keep a copy of the state (`select`) instead"
+            )
+
+    @abstractmethod
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether rows (B,) of so many tokens can become so much shorter; (B,) bool."""
+
     @abstractmethod
     def flops_per_token(self, seq_len: int) -> int:
         """Forward FLOPs of a token in a row of `seq_len`, a multiply-add counted as 2."""

@@ -81,7 +81,7 @@ class RAT(GatedMixer):
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         self._write_ends(k, v, state, lengths)
         seen = -(-(state.longest + x.shape[1]) // self.chunk_size)
-        ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2) for n in ("end_keys", "end_values"))
+        ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2).to(k.dtype) for n in ("end_keys", "end_values"))
         mixed = chunk_attention(
             q,
             k,
@@ -100,9 +100,9 @@ class RAT(GatedMixer):
         The slot of an open chunk is overwritten until the chunk closes; nobody sees it before.
         """
         length, size = k.shape[1], self.chunk_size
-        slots = (length + size - 2) // size + 1
-        state.reserve(state.longest // size + slots, "end_keys", "end_values")
-        slot = (state.lengths // size)[:, None] + torch.arange(slots, device=k.device)
+        touched, last = (length + size - 2) // size + 1, (state.longest + length - 1) // size
+        state.reserve(last + 1, "end_keys", "end_values")
+        slot = ((state.lengths // size)[:, None] + torch.arange(touched, device=k.device)).clamp(max=last)
         own = length if lengths is None else lengths[:, None]
         token = torch.minimum((slot + 1) * size - state.lengths[:, None], torch.as_tensor(own)).clamp(1) - 1
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
@@ -111,6 +111,9 @@ class RAT(GatedMixer):
             keys = rotary(keys, slot, base=self.rope_base)
         state.tensors["end_keys"][rows, :, slot] = keys.to(state.tensors["end_keys"].dtype)
         state.tensors["end_values"][rows, :, slot] = v[rows, token].to(state.tensors["end_values"].dtype)
+
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return after % self.chunk_size == 0  # where the recurrence is emptied anyway
 
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 2 (4D + 2Gd) D + 2 (T / L) D; causal halves are counted."""

@@ -47,6 +47,14 @@ class RNN(GatedMixer):
         state.advance(x.shape[1], lengths)
         return self.out_proj(torch.sigmoid(z) * v)
 
+    def crop(self, state: LayerState, lengths: Tensor) -> None:
+        """See `Mixer.crop`."""
+        super().crop(state, lengths)
+        state.tensors["value"] = state.tensors["value"] * (lengths > 0)[:, None]
+
+    def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
+        return after == 0
+
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 8 D^2."""
         return 8 * self.d_model**2

@@ -57,8 +57,8 @@ class LayerState:
         return sum(x.nbytes for x in self.tensors.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as tensors, for torch.save or safetensors."""
-        return {"lengths": self.lengths} | self.tensors
+        """Everything as tensors, for torch.save or safetensors; they share memory with this state."""
+        return {"lengths": self.lengths} | {name: x.contiguous() for name, x in self.tensors.items()}
 
     @classmethod
     def from_state_dict(cls, saved: Mapping[str, Tensor]) -> Self:

@@ -1,6 +1,5 @@
 """Attention over chunk ends: the attention half of a RAT layer."""
 
-import torch
 from torch import Tensor
 
 from rat.ops.backend import Backend, select
@@ -69,7 +68,7 @@ def _check(
     if k.ndim != 4 or 0 in k.shape or v.shape != k.shape:
         raise ValueError(f"k and v must be (B, T, H, d) with T >= 1, got {tuple(k.shape)} and {tuple(v.shape)}")
     batch, length, heads, width = k.shape
-    if q.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != width or heads % max(1, q.shape[2]):
+    if q.ndim != 4 or 0 in q.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != width or heads % q.shape[2]:
         raise ValueError(f"q must be ({batch}, {length}, a divisor of {heads}, {width}), got {tuple(q.shape)}")
     if rope_base is not None and width % 2:
         raise ValueError(f"rotary positions need an even head width, got {width}")
@@ -80,7 +79,7 @@ def _check(
     for name, x in zip(("keys", "values"), ends, strict=True):
         if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != (batch, heads, width):
             raise ValueError(f"the ends' {name} must be ({batch}, E, {heads}, {width}), got {tuple(x.shape)}")
-    if torch.is_grad_enabled() and ends[0].shape[1] != ends[1].shape[1]:
+    if ends[0].shape[1] != ends[1].shape[1]:
         raise ValueError(f"as many end keys as end values, got {ends[0].shape[1]} and {ends[1].shape[1]}")
 
 

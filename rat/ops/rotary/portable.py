@@ -24,15 +24,17 @@ def angles(positions: Tensor, d_head: int, base: float, dtype: torch.dtype) -> t
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (..., heads, d) by the given angles; computed in the angles' dtype, returned in x's."""
     first, second = x.chunk(2, dim=-1)
+    if x.dtype == cos.dtype:  # without `out=` into a view, which torch.compile refuses
+        out = (x.unflatten(-1, (2, -1)) * cos.unsqueeze(-2)).flatten(-2)
+        left, right = out.chunk(2, dim=-1)
+        left.addcmul_(second, sin, value=-1)
+        right.addcmul_(first, sin)
+        return out
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     left, right = out.chunk(2, dim=-1)
-    if x.dtype == cos.dtype:
-        torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-        torch.mul(first, sin, out=right).addcmul_(second, cos)
-    else:
-        first, second = first.to(cos.dtype), second.to(cos.dtype)
-        left.copy_((first * cos).addcmul_(second, sin, value=-1))
-        right.copy_((first * sin).addcmul_(second, cos))
+    first, second = first.to(cos.dtype), second.to(cos.dtype)
+    left.copy_((first * cos).addcmul_(second, sin, value=-1))
+    right.copy_((first * sin).addcmul_(second, cos))
     return out
 
 

@@ -103,7 +103,7 @@ def test_it_tells_what_a_model_needs() -> None:
 )
 def test_impossible_arguments_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made(**options)
+        made(**options).setup("fit")
 
 
 class Recorder(LightningModule):

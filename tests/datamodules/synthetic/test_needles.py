@@ -55,7 +55,8 @@ def test_answers_follow_from_the_text(data: st.DataObject) -> None:
     kinds = st.sampled_from(["words", "numbers", "uuids"])
     variant = data.draw(st.sampled_from(["single", "multi_key", "multi_value", "multi_query"]))
     task = Needles(
-        variant=variant, num_needles=data.draw(st.integers(1, 5)), keys=data.draw(kinds), values=data.draw(kinds),
+        variant=variant, num_needles=data.draw(st.integers(1, 5)), key_kind=data.draw(kinds),
+        value_kind=data.draw(kinds),
         num_digits=data.draw(st.integers(1, 9)), depth=data.draw(st.none() | st.floats(0, 1)),
     )  # fmt: skip
     seq_len = task.min_seq_len + data.draw(st.integers(0, 300))
@@ -67,8 +68,8 @@ def test_answers_follow_from_the_text(data: st.DataObject) -> None:
     assert len(needles) == (1 if variant == "single" else task.num_needles)
     assert len({key for _, key, _ in needles}) == (1 if variant == "multi_value" else len(needles))
     assert len({value for _, _, value in needles}) == len(needles)
-    assert {kind + "s" for kind, _, _ in needles} == {task.values}
-    for kind, names in ((task.keys, [key for _, key, _ in needles]), (task.values, [v for _, _, v in needles])):
+    assert {kind + "s" for kind, _, _ in needles} == {task.value_kind}
+    for kind, names in ((task.key_kind, [k for _, k, _ in needles]), (task.value_kind, [v for _, _, v in needles])):
         for name in names:
             assert_is(kind, name, task.num_digits)
     assert all(sentence in SENTENCES for sentence in noise(prompt))
@@ -178,7 +179,7 @@ def test_a_tokenizer_is_known_by_its_content(tokenizer: Path, tmp_path: Path) ->
             "10 needles need different values, and there are only 9 numbers",
         ),
         (
-            {"variant": "multi_key", "num_needles": 10, "num_digits": 1, "keys": "numbers", "values": "words"},
+            {"variant": "multi_key", "num_needles": 10, "num_digits": 1, "key_kind": "numbers", "value_kind": "words"},
             "10 needles need different keys, and there are only 9 numbers",
         ),
     ],

@@ -20,7 +20,7 @@ def test_answers_follow_from_the_pairs(data: st.DataObject) -> None:
     num_queries = data.draw(st.integers(1, num_pairs))
     task = Recall(
         vocab_size=data.draw(st.integers(2 * num_pairs + 2, 80)), num_pairs=num_pairs, num_queries=num_queries,
-        power_a=data.draw(st.sampled_from([0.01, 0.5, 1.0])),
+        power_a=data.draw(st.sampled_from([0.01, 0.5, 1.0])), noise=data.draw(st.booleans()),
     )  # fmt: skip
     seq_len = task.min_seq_len + data.draw(st.integers(0, 40))
     sample = task.sample(data.draw(st.integers(0, 2**40)), "train", data.draw(st.integers(0, 10**9)), seq_len)
@@ -32,7 +32,9 @@ def test_answers_follow_from_the_pairs(data: st.DataObject) -> None:
     assert len(set(pairs.tolist())) == 2 * num_pairs, "one key said twice would make the answer ambiguous"
     assert pairs[::2].min() >= 1
     assert pairs[::2].max() < half <= pairs[1::2].min()
-    assert task.eos_id not in sample.tokens
+    said = {*range(2 * num_pairs), *places, *places - 1}
+    between = [token for t, token in enumerate(sample.tokens) if t not in said]
+    assert set(between) <= ({0} if not task.noise else set(range(1, task.vocab_size)))
     assert sample.tokens.max() < task.vocab_size
 
 

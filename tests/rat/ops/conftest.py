@@ -1,0 +1,187 @@
+"""What the tests of several operations share, as fixtures: test modules do not import each other."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+Values = dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Tensor]:
+    """draw(seed, *shape): normal numbers in fp64 that bf16 holds exactly, so that every precision starts alike."""
+
+    def normal(seed: int, *shape: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).bfloat16().double()
+
+    return normal
+
+
+@pytest.fixture(scope="session")
+def differentiate(draw: Callable[..., Tensor]) -> Callable[..., Values]:
+    """differentiate(op, inputs, dtype): outputs and, for fixed random weights on them, every input's gradient.
+
+    States and biases are never narrower than fp32.
+    """
+
+    def run(op: Callable[..., object], inputs: Values, dtype: torch.dtype = torch.float64) -> Values:
+        wide = torch.promote_types(dtype, torch.float32)
+        kept = {name: wide if name.endswith(("state", "bias")) else dtype for name in inputs}
+        leaves = {name: x.to(kept[name], copy=True).requires_grad_() for name, x in inputs.items()}
+        outputs = [x for x in tree_leaves(op(**leaves)) if isinstance(x, Tensor)]
+        weights = [draw(97 + i, *out.shape).to(out.dtype) for i, out in enumerate(outputs)]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
+        values = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
+        return values | {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """assert_same(actual, expected): equal but for rounding in fp32 (or the `tolerance` given)."""
+
+    def check(actual: Values, expected: Values, tolerance: float = 2e-5) -> None:
+        torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, check_dtype=False)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def assert_no_worse() -> Callable[..., None]:
+    """assert_no_worse(ours, plain, exact): at most twice as wrong as plain PyTorch in the same low precision."""
+
+    def check(ours: Values, plain: Values, exact: Values) -> None:
+        for name, value in exact.items():
+            error, allowed = ((x[name].double() - value).abs().max().item() for x in (ours, plain))
+            assert error <= 2 * allowed + 2e-3, f"{name}: {error:.2e} against {allowed:.2e} of plain PyTorch"
+
+    return check
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Memory that nothing has written to reads as NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture(scope="session")
+def ragged_ids() -> Callable[..., Tensor]:
+    """ragged_ids(seed, batch, length, mean): rows cut into documents of random lengths."""
+
+    def ids(seed: int, batch: int, length: int, mean: float) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.rand(batch, length, generator=generator) < 1 / mean).cumsum(1)
+
+    return ids
+
+
+@pytest.fixture(scope="session")
+def scan_inputs(draw: Callable[..., Tensor]) -> Callable[..., Values]:
+    """scan_inputs(seed, batch, length): a gate of 6 channels, a stream as wide, one of 2 channels, their states."""
+
+    def make(seed: int, batch: int, length: int, states: bool = True) -> Values:
+        shapes = {
+            "gate_logits": (batch, length, 6),
+            "gate_bias": (6,),
+            "v": (batch, length, 6),
+            "k": (batch, length, 2),
+        }
+        if states:
+            shapes |= {"v_state": (batch, 6), "k_state": (batch, 6)}
+        return {name: draw(10 * seed + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scanning() -> Callable[..., Callable[..., object]]:
+    """scanning(op, lengths=..., ...): the scan as a function of `scan_inputs`, what it leaves open set to zero."""
+
+    def bind(op: Callable[..., object], **options: object) -> Callable[..., object]:
+        def run(
+            gate_logits: Tensor, gate_bias: Tensor, v: Tensor, k: Tensor, **states: Tensor
+        ) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+            initial = tuple(states.values()) or None
+            outputs, finals = op(gate_logits, (v, k), gate_bias=gate_bias, initial_state=initial, **options)
+            lengths = options.get("lengths")
+            if isinstance(lengths, Tensor):
+                past = torch.arange(v.shape[1]) >= lengths[:, None]
+                outputs = [out.masked_fill(past[..., None], 0) for out in outputs]
+            return outputs, finals
+
+        return run
+
+    return bind
+
+
+@pytest.fixture(scope="session")
+def dense_scan() -> Callable[..., object]:
+    """The scan as one triangular matrix for each channel: W[t, j] = g_{j+1} ... g_t (1 - g_j) within a segment."""
+
+    def run(
+        gate_logits: Tensor,
+        streams: tuple[Tensor, ...],
+        *,
+        gate_bias: Tensor,
+        initial_state: tuple[Tensor, ...] | None,
+        restart: Tensor,
+        lengths: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        batch, length, width = gate_logits.shape
+        log_gate = torch.nn.functional.logsigmoid(gate_logits + gate_bias)
+        decay, segment = log_gate.cumsum(1), restart.cumsum(1)
+        seen = torch.ones(length, length, dtype=torch.bool).tril() & (segment[:, :, None] == segment[:, None, :])
+        weights = (decay[:, :, None] - decay[:, None]).masked_fill(~seen[..., None], -torch.inf).exp()
+        outputs, finals = [], []
+        for i, y in enumerate(streams):
+            inflow = (1 - log_gate.exp()) * torch.cat([y] * (width // y.shape[-1]), dim=-1)
+            out = torch.einsum("btjd,bjd->btd", weights, inflow)
+            before = out.new_zeros(batch, width) if initial_state is None else initial_state[i]
+            out = out + torch.where(segment[..., None] == 0, decay.exp() * before[:, None], 0)
+            trace = torch.cat([before[:, None], out], dim=1)
+            last = torch.full((batch,), length) if lengths is None else lengths
+            outputs.append(out)
+            finals.append(trace[torch.arange(batch), last])
+        return outputs, finals
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain_scan() -> Callable[..., object]:
+    """The scan as anyone would write it, every number in the dtype of the logits."""
+
+    def run(
+        gate_logits: Tensor,
+        streams: tuple[Tensor, ...],
+        *,
+        gate_bias: Tensor,
+        initial_state: tuple[Tensor, ...] | None,
+        restart: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        gate = torch.sigmoid(gate_logits + gate_bias.to(gate_logits.dtype))
+        outputs, finals = [], []
+        for i, y in enumerate(streams):
+            state = torch.zeros_like(gate[:, 0]) if initial_state is None else initial_state[i].to(gate.dtype)
+            y = y.repeat(1, 1, gate.shape[-1] // y.shape[-1])
+            trace = []
+            for t in range(gate.shape[1]):
+                state = state.masked_fill(restart[:, t, None], 0)
+                state = gate[:, t] * state + (1 - gate[:, t]) * y[:, t]
+                trace.append(state)
+            outputs.append(torch.stack(trace, dim=1))
+            finals.append(state)
+        return outputs, finals
+
+    return run

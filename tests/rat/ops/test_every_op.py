@@ -1,0 +1,268 @@
+"""What holds for every operation alike, in each of the situations that `CASES` lists."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from rat import ops
+from rat.ops.chunk_attention import portable as attention_portable
+from rat.ops.chunk_scan import portable as chunk_portable
+from rat.ops.gated_scan import portable as scan_portable
+from rat.ops.sliding_window import portable as window_portable
+
+Maker = Callable[..., dict[str, Tensor]]
+LENGTH = 11
+SCAN = {"gate_logits": (2, LENGTH, 4), "gate_bias": (4,), "v": (2, LENGTH, 4), "k": (2, LENGTH, 2)}
+STATES = {"v_state": (2, 4), "k_state": (2, 4)}
+ATTENTION = {"q": (2, LENGTH, 2, 4), "k": (2, LENGTH, 4, 4), "v": (2, LENGTH, 4, 4)}
+ENDS = {"end_keys": (2, 5, 4, 4), "end_values": (2, 5, 4, 4)}
+ALIKE = {name: (2, LENGTH, 2, 4) for name in "qkv"}
+IDS = torch.tensor([[0] * 4 + [1] * 6 + [2], [5] * 8 + [6] * 3])
+PAST = {"offset": torch.tensor([0, 2]), "document_ids": IDS}
+
+
+def scanned(op: Callable[..., object], *tensors: Tensor, **options: object) -> object:
+    logits, bias, v, k, *states = tensors
+    return op(logits, (v, k), gate_bias=bias, initial_state=states or None, **options)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, *ends: Tensor, **options: object) -> Tensor:
+    return ops.chunk_attention(q, k, v, ends=ends or None, **options)
+
+
+gated, chunked = partial(scanned, ops.gated_scan), partial(scanned, ops.chunk_scan)
+Case = tuple[Callable[..., object], dict[str, tuple[int, ...]]]
+CASES: dict[str, Case] = {
+    "gated scan": (gated, SCAN),
+    "gated scan, continued, documents": (partial(gated, document_ids=IDS), SCAN | STATES),
+    "gated scan, ragged": (partial(gated, lengths=torch.tensor([5, 11])), SCAN | STATES),
+    "chunk scan": (partial(chunked, chunk_size=4), SCAN),
+    "chunk scan, long chunks": (partial(chunked, chunk_size=9), SCAN),
+    "chunk scan, continued, documents": (partial(chunked, chunk_size=4, **PAST), SCAN | STATES),
+    "chunk attention": (partial(attended, chunk_size=3), ATTENTION),
+    "chunk attention, rotary": (partial(attended, chunk_size=2, rope_base=9.0), ATTENTION),
+    "chunk attention, documents": (partial(attended, chunk_size=3, document_ids=IDS), ATTENTION),
+    "chunk attention, continued": (partial(attended, chunk_size=3, rope_base=9.0, **PAST), ATTENTION | ENDS),
+    "rotary": (lambda x, **options: ops.rotary(x, torch.arange(LENGTH), **options), {"x": (2, LENGTH, 3, 4)}),
+    "sliding window": (partial(ops.sliding_window_attention, window_size=2), ALIKE),
+    "sliding window, documents": (partial(ops.sliding_window_attention, window_size=2, document_ids=IDS), ALIKE),
+    "whole attention": (partial(ops.sliding_window_attention, window_size=None), ALIKE),
+}
+CUSTOM_OPS = (
+    (scan_portable, "_scan_op"),
+    (scan_portable, "_scan_backward_op"),
+    (attention_portable, "_attend_op"),
+    (attention_portable, "_backward_op"),
+)
+CUSTOM_CASES = [name for name in CASES if "scan" in name or "chunk" in name]
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks and slabs in 11 tokens, with a rest that fills no block."""
+    for module, sizes in {
+        scan_portable: {"BLOCK": 3, "SLAB": 2 * 2 * 3 * 4},
+        chunk_portable: {"LONGEST_WALK": 8},
+        attention_portable: {"BLOCK_LOGITS": 64, "FEWEST_ROWS": 2, "MOST_ROWS": 4},
+        window_portable: {"FEWEST_ROWS": 2},
+    }.items():
+        for size, number in sizes.items():
+            monkeypatch.setattr(module, size, number)
+
+
+@pytest.fixture
+def inputs(draw: Callable[..., Tensor]) -> Callable[[str], dict[str, Tensor]]:
+    return lambda name: {x: draw(i, *shape) for i, (x, shape) in enumerate(CASES[name][1].items())}
+
+
+@pytest.fixture
+def call() -> Callable[..., Callable[..., object]]:
+    """call(name, backend): the case's op as a function of its tensors by name."""
+
+    def make(name: str, backend: ops.Backend = "portable") -> Callable[..., object]:
+        op = partial(CASES[name][0], backend=backend)
+        return lambda **tensors: op(*tensors.values())
+
+    return make
+
+
+@every_case
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_gradients_are_those_of_finite_differences(
+    name: str, backend: ops.Backend, inputs: Callable[[str], dict[str, Tensor]]
+) -> None:
+    tensors = [x.requires_grad_() for x in inputs(name).values()]
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tree_leaves(CASES[name][0](*tensors, backend=backend)))
+
+    assert torch.autograd.gradcheck(flat, tensors, fast_mode=True)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_nothing_wrote_is_never_read(
+    name: str,
+    dtype: torch.dtype,
+    inputs: Callable[[str], dict[str, Tensor]],
+    call: Callable[..., object],
+    differentiate: Maker,
+    request: pytest.FixtureRequest,
+) -> None:
+    clean = differentiate(call(name), inputs(name), dtype)
+    request.getfixturevalue("nan_memory")
+    poisoned = differentiate(call(name), inputs(name), dtype)
+    for value, expected in clean.items():
+        assert torch.equal(poisoned[value], expected), value
+
+
+def test_the_buffers_of_a_custom_op_are_poisoned_too(
+    nan_memory: None, monkeypatch: pytest.MonkeyPatch, draw: Callable[..., Tensor]
+) -> None:
+    # an op that forgets to write its output must be seen by the test above
+    monkeypatch.setattr(scan_portable, "_advance", lambda grid, states, outputs: states)
+    (out,), _ = ops.gated_scan(draw(0, 1, 5, 2), [draw(1, 1, 5, 2)], backend="portable")
+    assert out.isnan().all()
+    monkeypatch.setattr(attention_portable._Call, "blocks", lambda self: iter(()))
+    out = ops.chunk_attention(*(draw(i, 1, 5, 2, 2) for i in range(3)), chunk_size=2, backend="portable")
+    assert out.isnan().all()
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(x: Tensor) -> Tensor:
+    return torch.cat([x[..., :1] - 7, x, x], dim=-1)[..., 1 : 1 + x.shape[-1]]
+
+
+def strided(x: Tensor) -> Tensor:
+    return torch.stack([x, torch.full_like(x, 7)], dim=-1)[..., 0]
+
+
+@every_case
+@pytest.mark.parametrize("view", [transposed, sliced, strided])
+def test_views_give_what_contiguous_tensors_give(
+    name: str,
+    view: Callable[[Tensor], Tensor],
+    inputs: Callable[[str], dict[str, Tensor]],
+    call: Callable[..., Callable[..., object]],
+    differentiate: Maker,
+    assert_same: Callable[..., None],
+) -> None:
+    op, tensors = call(name), inputs(name)
+    assert not view(next(iter(tensors.values()))).is_contiguous()
+
+    def through_views(**leaves: Tensor) -> object:
+        outputs = op(**{x: view(leaf) for x, leaf in leaves.items()})
+        for out in tree_leaves(outputs):
+            out.register_hook(lambda grad: arrived.append(grad.is_contiguous()))
+        return tree_map(strided, outputs)
+
+    arrived: list[bool] = []
+    assert_same(differentiate(through_views, tensors), differentiate(op, tensors), 1e-12)
+    assert arrived
+    assert not any(arrived)
+
+
+@every_case
+def test_expanded_inputs_and_gradients_give_what_copies_give(
+    name: str, inputs: Callable[[str], dict[str, Tensor]], call: Callable[..., Callable[..., object]]
+) -> None:
+    def gradients(materialize: bool) -> Sequence[Tensor]:
+        leaves = {x: (t if x == "gate_bias" else t[:1]).requires_grad_() for x, t in inputs(name).items()}
+        rows = {x: t if x == "gate_bias" else t.expand(2, *t.shape[1:]) for x, t in leaves.items()}
+        outputs = call(name)(**{x: t.contiguous() if materialize else t for x, t in rows.items()})
+        total = sum(out.sum() for out in tree_leaves(outputs))  # an expanded gradient
+        return torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+    torch.testing.assert_close(gradients(False), gradients(True))
+
+
+@every_case
+def test_inputs_are_left_as_they_were(
+    name: str, inputs: Callable[[str], dict[str, Tensor]], call: Callable[..., Callable[..., object]]
+) -> None:
+    for backend in ("reference", "portable"):
+        leaves = {x: t.float().requires_grad_() for x, t in inputs(name).items()}
+        outputs = tree_leaves(call(name, backend)(**leaves))
+        sum(out.square().sum() for out in outputs).backward()
+        for x, t in inputs(name).items():
+            assert torch.equal(leaves[x].detach().double(), t)
+
+
+@every_case
+def test_a_compiled_graph_gives_the_same(
+    name: str,
+    inputs: Callable[[str], dict[str, Tensor]],
+    call: Callable[..., Callable[..., object]],
+    differentiate: Maker,
+    assert_same: Callable[..., None],
+) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(CASES[name][0], fullgraph=True, backend="aot_eager")
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = differentiate(lambda **tensors: compiled(*tensors.values(), backend="portable"), inputs(name), dtype)
+        eager = differentiate(call(name), inputs(name), dtype)
+        assert {x: t.dtype for x, t in ours.items()} == {x: t.dtype for x, t in eager.items()}
+        assert_same(ours, eager, 1e-6 if dtype == torch.float32 else 2**-6)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, tuple[object, ...]]]:
+    """The calls of custom ops, forward and backward: (op, arguments)."""
+    calls: list[tuple[object, tuple[object, ...]]] = []
+
+    def recording(op: Callable[..., object]) -> Callable[..., object]:
+        def run(*arguments: object) -> object:
+            calls.append((op, arguments))
+            return op(*arguments)
+
+        return run
+
+    for module, name in CUSTOM_OPS:
+        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("name", CUSTOM_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_custom_ops_keep_torch_librarys_promises(
+    name: str,
+    dtype: torch.dtype,
+    inputs: Callable[[str], dict[str, Tensor]],
+    call: Callable[..., object],
+    differentiate: Maker,
+    recorded: list[tuple[Callable[..., object], tuple[object, ...]]],
+) -> None:
+    differentiate(call(name), inputs(name), dtype)
+    (forward, arguments), (backward, gradients) = recorded
+    every = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    detached = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), arguments)
+    torch.library.opcheck(forward, detached, test_utils=every)
+    torch.library.opcheck(backward, gradients, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", [*CUSTOM_CASES[:-1], "rotary"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_keeps_inputs_outputs_and_little_else(
+    name: str,
+    dtype: torch.dtype,
+    inputs: Callable[[str], dict[str, Tensor]],
+    call: Callable[..., Callable[..., object]],
+) -> None:
+    leaves = {x: t.to(dtype).requires_grad_() for x, t in inputs(name).items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        outputs = tree_leaves(call(name)(**leaves))
+    known = {x.untyped_storage().data_ptr() for x in (*leaves.values(), *outputs)}
+    others = [x.shape for x in saved if x.untyped_storage().data_ptr() not in known and x.is_floating_point()]
+    # chunk ends and angles are fewer numbers than any input has; weights or turned queries are not
+    smallest = min(x.numel() for x in leaves.values() if x.ndim > 2)
+    assert saved
+    assert all(shape.numel() < smallest for shape in others), others

@@ -1,0 +1,82 @@
+"""Which command runs, its help, and that light ones stay light."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rat_cli import main as module
+from rat_cli.main import COMMANDS
+
+Cli = Callable[..., Any]
+ROOT = Path(module.__file__).parents[1]
+
+
+def test_help_lists_every_command_and_what_it_is_for(cli: Cli) -> None:
+    for arguments in (["--help"], ["-h"]):
+        result = cli(*arguments)
+        assert (result.code, result.err) == (0, "")
+        for name, command in COMMANDS.items():
+            assert f"  {name}" in result.out
+            assert command.purpose in result.out
+
+
+def test_no_command_is_answered_with_help(cli: Cli) -> None:
+    result = cli()
+    assert result.code == 2
+    assert "usage:" in result.out
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("fti", "fit"), ("validat", "validate"), ("bench", "bench layer"), ("generat", "generate")]
+)
+def test_an_unknown_command_suggests_one(cli: Cli, name: str, meant: str) -> None:
+    result = cli(name)
+    assert result.code == 2
+    assert result.err.startswith(f"error: there is no command '{name}', did you mean '{meant}'? choose one of fit, ")
+
+
+# a line of each docstring that only its options can show
+EXPLAINED = {
+    "fit": "sequences of an optimiser step, over all devices",
+    "validate": "which implementation of `rat.ops` runs",
+    "test": "which implementation of `rat.ops` runs",
+    "predict": "which implementation of `rat.ops` runs",
+    "prepare": "share of the documents kept for validation",
+    "report": "what the sample continues",
+    "generate": "above 1 discourages tokens",
+    "info": "lengths to tell costs at",
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_explains_its_options(cli: Cli, name: str) -> None:
+    result = cli(*name.split(), "--help")
+    assert (result.code, result.err) == (0, "")
+    assert "usage:" in result.out
+    assert EXPLAINED.get(name, "--") in " ".join(result.out.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fti"], []])
+def test_light_commands_do_not_wait_for_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, rat_cli.main as m\n"
+        "try: m.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)\n"
+        "sys.exit(f'{heavy} were imported' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(module, "_run", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        module.main(["fit"])
