@@ -29,7 +29,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART, XL = "quickstart.yaml", "experiment/fineweb_edu/rat-xl.yaml"
 ALL = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 BASES = [name for name in ALL if Path(name).name.startswith("base-")]
-WHOLE = [name for name in ALL if name == QUICKSTART or (name.startswith("experiment/") and name not in BASES)]
+FOLDERS = ("experiment/", "synthetic/")
+WHOLE = [name for name in ALL if name == QUICKSTART or (name.startswith(FOLDERS) and name not in BASES)]
 BACKBONES = [name for name in ALL if name.startswith("backbone/")]
 EXTRAS = [name for name in ALL if name not in [*WHOLE, *BASES, *BACKBONES]]
 SMALL = [[QUICKSTART], *([QUICKSTART, name] for name in BACKBONES)]

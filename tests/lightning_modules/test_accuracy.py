@@ -108,6 +108,18 @@ def test_documents_of_a_row_are_sequences_of_their_own() -> None:
     assert scores["nll"].dtype == torch.float64
 
 
+def test_a_document_is_scored_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    module = LanguageModel(CONFIG, accuracy=True)
+    module.configure_model()
+    for x in module.model.parameters():
+        torch.nn.init.normal_(x)
+    packed = batch(IDS[:1], [[3, 7, 3, 4]], [[0, 0, 1, 1]])
+    (together,) = trainer().predict(module, Data([packed]))
+    (alone,) = trainer().predict(module, Data([batch([[1, 2], [3, 4]], [[3, 7], [3, 4]])]))
+    torch.testing.assert_close(together["nll"], alone["nll"])
+
+
 def test_prediction_without_documents_has_every_row() -> None:
     first, empty = trainer().predict(echoing(), Data([FIRST, EMPTY]))
     assert first["tokens"].tolist() == [4, 0, 2]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, processors
 
 from datamodules.synthetic import Needles, Sample
 from datamodules.synthetic.words import SENTENCES
@@ -154,6 +154,25 @@ def test_a_tokenizer_encodes_the_same_questions(tokenizer: Path, variant: str, s
         assert solve(prompt, variant) == answer
         if seq_len == 300:
             assert seq_len - (sample.tokens != task.eos_id).sum() < longest
+
+
+@pytest.mark.parametrize("normalizer", [normalizers.Strip(), normalizers.Replace(". ", "")], ids=["longer", "shorter"])
+def test_text_may_take_other_tokens_together_than_apart(normalizer: normalizers.Normalizer, tmp_path: Path) -> None:
+    """Characters as tokens; every sentence takes one more behind another than alone, or two fewer. None is added."""
+    characters = Tokenizer(models.BPE({chr(i): i for i in range(128)}, []))
+    characters.normalizer = normalizer
+    characters.add_special_tokens(["<|endoftext|>"])
+    characters.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 128)]
+    )
+    characters.save(str(tmp_path / "tokenizer.json"))
+    task = Needles(tokenizer=tmp_path)
+    for i in range(20):
+        tokens, answers = task.sample(0, "train", i, 900)
+        first, *_, last = np.flatnonzero(answers)
+        assert (tokens[first:last] != task.eos_id).all()
+        assert 900 - last <= max(map(len, SENTENCES)), "another sentence would have fitted"
+        assert answers.sum() == 1 + len(characters.encode(" 1234567", add_special_tokens=False).ids)
 
 
 def test_a_tokenizer_is_known_by_its_content(tokenizer: Path, tmp_path: Path) -> None:
