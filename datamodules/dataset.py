@@ -79,8 +79,10 @@ def make_batch(block: Block, eos_id: int, mask_documents: bool = False) -> Batch
     return batch
 
 
-class TokenLoader(DataLoader[Any]):
-    """A DataLoader of training batches, see `make_batch`: the sampler picks micro batches, workers read them.
+class TokenLoader:
+    """Batches, see `make_batch`: the sampler picks micro batches, a DataLoader reads them, this process unfolds them.
+
+    It is no DataLoader itself, since Lightning makes those anew, with other samplers, where it predicts.
 
     Args:
         dataset: where the samples come from.
@@ -89,6 +91,8 @@ class TokenLoader(DataLoader[Any]):
         mask_documents: add `document_ids` to the batches.
     """
 
+    batch_sampler = None  # Lightning asks for it
+
     def __init__(
         self,
         dataset: TokenDataset,
@@ -96,14 +100,17 @@ class TokenLoader(DataLoader[Any]):
         num_workers: int = 0,
         mask_documents: bool = False,
     ) -> None:
-        super().__init__(
+        self.dataset, self.sampler, self.mask_documents = dataset, sampler, mask_documents
+        self._blocks: DataLoader[Any] = DataLoader(
             dataset, batch_size=None, sampler=sampler, num_workers=num_workers, collate_fn=_as_it_is,
             prefetch_factor=8 if num_workers else None,
         )  # fmt: skip
-        self.eos_id, self.mask_documents = dataset.eos_id, mask_documents
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return (make_batch(block, self.eos_id, self.mask_documents) for block in super().__iter__())
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (make_batch(block, self.dataset.eos_id, self.mask_documents) for block in self._blocks)
 
 
 def _as_it_is(block: Block) -> Block:

@@ -133,6 +133,14 @@ class TokenDataModule(ResumableDataModule):
             return []
         return TokenLoader(self.dataset("val"), self.eval_sampler("val"), self.num_workers, self.mask_documents)
 
+    def test_dataloader(self) -> TokenLoader | list[Any]:
+        """The validation samples again: what is prepared for pre-training has no third split."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> TokenLoader | list[Any]:
+        """The validation samples, whose losses `predict` tells one by one."""
+        return self.val_dataloader()
+
     def identity(self) -> dict[str, int]:
         """See `ResumableDataModule.identity`."""
         return {"seq_len": self.seq_len}

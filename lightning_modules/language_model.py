@@ -15,14 +15,11 @@ from lightning_modules.metrics import TokenMean
 from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw
 from lightning_modules.scores import Scores, sequence_scores
 from rat import CausalLM, ModelConfig
-from rat.checkpoint import differences
 from rat.ops import set_backend
 
 Batch = dict[str, Tensor]
 IGNORED = -100
 MODEL_CONFIG = "model_config"
-# Fields that say how weights start, and nothing about what a trained model computes.
-_INITIAL = ("init_std", "max_seq_len")
 
 
 class LanguageModel(LightningModule):
@@ -183,11 +180,9 @@ class LanguageModel(LightningModule):
         """Refuse another architecture before its weights do."""
         if MODEL_CONFIG not in checkpoint:
             raise ValueError(f"the checkpoint holds no {MODEL_CONFIG}, so it is none of LanguageModel")
-        plain = self.config.to_dict()
-        ours = {name: plain[name] for name in _INITIAL}
-        saved = ModelConfig.from_dict({**checkpoint[MODEL_CONFIG], **ours}, "the checkpoint's config")
-        if saved != self.config:
-            raise ValueError(f"the checkpoint holds another model than the config: {differences(saved, self.config)}")
+        saved = ModelConfig.from_dict(checkpoint[MODEL_CONFIG], "the checkpoint's config")
+        if changed := saved.differences(self.config):
+            raise ValueError(f"the checkpoint holds another model than the config: {changed}")
 
     def _count(self, stage: str, nll: TokenMean, batch: Batch) -> None:
         """Update the metrics of `stage` with a micro batch."""

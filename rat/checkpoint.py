@@ -23,7 +23,7 @@ class Pretrained(nn.Module):
     config: ModelConfig
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write `model.safetensors` and `config.json`; a reader sees the old files or the new ones, never half."""
+        """Write `model.safetensors` and `config.json`, each of which a reader sees whole, old or new."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
@@ -57,8 +57,8 @@ class Pretrained(nn.Module):
                     f"{path} has its own {CONFIG}: give a whole ModelConfig to compare it with, or nothing"
                 )
             saved, weights = _read_folder(path)
-            if config is not None and saved != config:
-                raise ValueError(f"{path} holds another model: {differences(saved, config)}")
+            if config is not None and (changed := saved.differences(config)):
+                raise ValueError(f"{path} holds another model: {changed}")
         elif path.is_file():
             saved, weights = released.read(path, config)
         else:
@@ -68,12 +68,6 @@ class Pretrained(nn.Module):
         check_weights({n: p.shape for n, p in model.state_dict().items()}, weights, str(path))
         model.load_state_dict(weights, assign=True)
         return model
-
-
-def differences(saved: ModelConfig, given: ModelConfig) -> str:
-    """The fields in which two configs differ, in words."""
-    mine, other = saved.to_dict(), given.to_dict()
-    return "; ".join(f"{k} is {mine[k]}, not {other[k]}" for k in mine if mine[k] != other[k])
 
 
 def check_weights(expected: Mapping[str, torch.Size], weights: Mapping[str, Tensor], source: str) -> None:

@@ -69,6 +69,12 @@ class ModelConfig:
         if positioned and self.d_model // self.num_heads % 2:
             raise ValueError(f"rotary positions need an even head width, got {self.d_model // self.num_heads}")
 
+    def differences(self, other: Self) -> str:
+        """In which fields another config describes another trained model, in words; how weights start is none."""
+        mine, others = self.to_dict(), other.to_dict()
+        keys = [key for key in mine if key not in ("init_std", "max_seq_len") and mine[key] != others[key]]
+        return "; ".join(f"{key} is {mine[key]}, not {others[key]}" for key in keys)
+
     def layer_names(self) -> list[MixerName]:
         """The mixer of each layer, in order."""
         return [self.pattern[i % len(self.pattern)] for i in range(self.num_layers)]

@@ -98,10 +98,10 @@ class CausalLM(Pretrained, Generator):
         Args:
             input_ids: (B, T) int64.
             state: of `new_state`; rows may stand at different lengths.
-            lengths: (B,) from 1 to T, how many of the tokens are a row's own; the rest is padding on the right.
+            lengths: (B,) from 0 to T, how many of the tokens are a row's own; the rest is padding on the right.
 
         Returns:
-            (B, V) logits after each row's last token.
+            (B, V) logits after each row's last token; meaningless for rows that bring none.
         """
         self._check(input_ids)
         x = self.embedding(input_ids)

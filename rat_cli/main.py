@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": Command(None, "loss of every sequence"),
     "prepare pretrain": Command("datamodules.pretraining:prepare_pretrain", "turn text into shards and a tokenizer"),
     "prepare merge": Command("datamodules.pretraining:merge", "put together what several workers have prepared"),
+    "prepare sft": Command("datamodules.sft.prepare:prepare_sft", "turn a task into prompts and answers"),
     "data inspect": Command(
         "datamodules.inspection:inspect", "documents and statistics of shards, a picture of lengths"
     ),
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_help(COMMANDS))
         sys.exit(0 if argv else 2)
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
-    if group and argv[1:2] in ([], ["-h"], ["--help"]):
+    if group and (len(argv) < 2 or argv[1].startswith("-")):
         print(_help(group))
-        sys.exit(0 if argv[1:] else 2)
+        sys.exit(0 if argv[1:] in (["-h"], ["--help"]) else 2)
     name = " ".join(argv[:2]) if group else argv[0]
     if name not in COMMANDS:
         _stop(_unknown(name), code=2)
@@ -121,7 +122,8 @@ def _is_the_users(error: Exception) -> bool:
     root = Path(__file__).resolve().parent.parent
     raised_in = Path(frame.tb_frame.f_code.co_filename).resolve() if frame else root
     ours = raised_in.is_relative_to(root) and "site-packages" not in raised_in.parts
-    return isinstance(error, ValueError) and ours
+    no_such_checkpoint = raised_in.name == "checkpoint_connector.py"  # such as --ckpt_path best, where none was kept
+    return isinstance(error, ValueError) and (ours or no_such_checkpoint)
 
 
 def _stop(message: str, code: int) -> None:

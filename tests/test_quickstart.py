@@ -19,7 +19,7 @@ STEPS, EVERY = 40, 5
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's own corpus."""
     folder = tmp_path_factory.mktemp("quickstart") / "docstrings"
-    run("prepare", "--output", str(folder))
+    run("prepare", "pretrain", "--output", str(folder), "--held_out", "0.02")
     return folder
 
 

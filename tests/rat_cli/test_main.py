@@ -31,12 +31,20 @@ def test_no_command_is_answered_with_help(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("fti", "fit"), ("validat", "validate"), ("bench", "bench layer"), ("generat", "generate")]
+    ("name", "meant"), [("fti", "fit"), ("validat", "validate"), ("bench layr", "bench layer"), ("generat", "generate")]
 )
 def test_an_unknown_command_suggests_one(cli: Cli, name: str, meant: str) -> None:
-    result = cli(name)
+    result = cli(*name.split())
     assert result.code == 2
     assert result.err.startswith(f"error: there is no command '{name}', did you mean '{meant}'? choose one of fit, ")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["bench"], 2), (["prepare", "--help"], 0), (["data", "--path"], 2)])
+def test_a_group_of_commands_lists_its_own(cli: Cli, arguments: list[str], code: int) -> None:
+    result = cli(*arguments)
+    assert result.code == code
+    names = [line.split()[0] for line in result.out.splitlines() if line.startswith("  ")]
+    assert set(names) == {arguments[0]}
 
 
 # a line of each docstring that only its options can show
@@ -45,7 +53,7 @@ EXPLAINED = {
     "validate": "which implementation of `rat.ops` runs",
     "test": "which implementation of `rat.ops` runs",
     "predict": "which implementation of `rat.ops` runs",
-    "prepare": "share of the documents kept for validation",
+    "prepare pretrain": "share of the documents kept for validation",
     "report": "what the sample continues",
     "generate": "above 1 discourages tokens",
     "info": "lengths to tell costs at",
