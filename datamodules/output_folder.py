@@ -51,7 +51,9 @@ def is_done(output: Path, made_with: dict[str, Any], overwrite: bool, check: Cal
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         changed = [f"it is damaged ({error})"]
     if changed and not overwrite:
-        raise FileExistsError(f"{output} exists, but {'; '.join(changed)}: choose another --output, or add --overwrite true")
+        raise FileExistsError(
+            f"{output} exists, but {'; '.join(changed)}: choose another --output, or add --overwrite true"
+        )
     return not changed
 
 
