@@ -87,6 +87,27 @@ def test_resuming_anywhere_with_other_ranks_goes_on(done: int, before: int, afte
     assert len(whole) == 108
 
 
+RANKS = [(world, micro) for world in (1, 2, 3, 4, 6) for micro in (1, 2, 3, 4, 6, 12) if 12 % (world * micro) == 0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    total=st.integers(1, 200),
+    stops=st.lists(st.tuples(st.sampled_from(RANKS), st.integers(0, 5)), max_size=8),
+    last=st.sampled_from(RANKS),
+    seed=SEEDS,
+)
+def test_whatever_stops_and_changes_every_sample_is_seen_once(
+    total: int, stops: list[tuple[tuple[int, int], int]], last: tuple[int, int], seed: int
+) -> None:
+    seen: list[int] = []
+    for (world, micro), steps in [*stops, (last, 100)]:
+        options = {"total": total, "global_batch": 12, "seed": seed, "epoch": 2, "start": len(seen)}
+        seen += flat(micro_steps(world, micro_batch=micro, **options))[: 12 * steps]
+    assert sorted(sample for sample in seen if sample != PADDING) == list(range(total))
+    assert seen == flat(micro_steps(1, micro_batch=12, total=total, global_batch=12, seed=seed, epoch=2))
+
+
 def test_the_next_epoch_starts_at_its_beginning() -> None:
     options = {"total": 10, "micro_batch": 2, "global_batch": 4}
     sampler = TrainSampler(**options, epoch=1, start=4)
