@@ -37,9 +37,7 @@ class SyntheticDataset(Dataset[dict[str, NDArray[np.int64]]]):
         input_ids, labels = np.full(shape, self.task.eos_id), np.full(shape, IGNORED)
         for row, i in enumerate(samples):
             if i != PADDING:
-                tokens, answers = self.task.sample(self.seed, self.split, int(i), self.seq_len)
-                input_ids[row] = tokens[:-1]
-                labels[row] = np.where(answers, tokens, IGNORED)[1:]
+                input_ids[row], labels[row] = self.task.sample(self.seed, self.split, int(i), self.seq_len)
         return {"input_ids": input_ids, "labels": labels}
 
 

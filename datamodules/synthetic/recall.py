@@ -4,20 +4,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from datamodules.dataset import IGNORED
 from datamodules.resumable import check_at_least
 from datamodules.synthetic.task import Sample, Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Task):
-    """Pairs of a key and a value; then, among noise, some of the keys again, each followed by its value, the answer.
+    """Pairs of a key and a value; then, among noise, some of the keys again, whose values are the answers.
 
     As in the paper's code, id 0 is no key and no value, the keys come from the lower half of the ids and the values
-    from the upper one, all of a sample's are different, and a query at slot i >= 1 of two tokens behind the pairs is
-    as likely as i^(a - 1).
-    Different from it: a query is followed by its value, as in text, where the paper's is by noise; noise is never a key
-    of the sample, so that a key always asks; keys asked for may be fewer than there are, and which of them comes
-    first does not depend on the order of the pairs, as it does where the paper draws near slots for the first ones.
+    from the upper one, all of a sample's are different, a query at slot i >= 1 of two tokens behind the pairs is as
+    likely as i^(a - 1), and the answer is not in the input, which would tell that no later one is the same.
+    Different from it: noise is never a key of the sample, so that a key always asks; keys asked for may be fewer than
+    there are, and which of them comes first does not depend on the order of the pairs, as it does where the paper draws
+    near slots for the first ones.
 
     Attributes:
         vocab_size: ids in all: 0 for the end of text, vocab_size // 2 - 1 keys, and values.
@@ -53,7 +54,7 @@ class Recall(Task):
 
     @property
     def min_seq_len(self) -> int:
-        """Room for pairs and queries; the last value is only a target."""
+        """Room for pairs and queries, without the noise behind the last one."""
         return 2 * (self.num_pairs + self._asked) - 1
 
     @property
@@ -67,14 +68,12 @@ class Recall(Task):
         keys, others = np.split(all_keys, [self.num_pairs])
         values = rng.choice(np.arange(half, self.vocab_size), self.num_pairs, replace=False)
         noise = np.concatenate([others, np.arange(half, self.vocab_size)]) if self.noise else [self.eos_id]
-        tokens = rng.choice(noise, seq_len + 1)
-        tokens[:context:2], tokens[1:context:2] = keys, values
+        input_ids, labels = rng.choice(noise, seq_len), np.full(seq_len, IGNORED)
+        input_ids[:context:2], input_ids[1:context:2] = keys, values
 
-        slots = np.arange(1, (seq_len + 1 - context) // 2 + 1)
+        slots = np.arange(1, (seq_len - context + 1) // 2 + 1)
         weights = slots ** (self.power_a - 1)
         places = context + 2 * (rng.choice(slots, self._asked, replace=False, p=weights / weights.sum()) - 1)
         asked = rng.permutation(self.num_pairs)[: self._asked]
-        tokens[places], tokens[places + 1] = keys[asked], values[asked]
-        answers = np.zeros(seq_len + 1, dtype=bool)
-        answers[places + 1] = True
-        return Sample(tokens, answers)
+        input_ids[places], labels[places] = keys[asked], values[asked]
+        return Sample(input_ids, labels)

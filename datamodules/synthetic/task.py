@@ -6,19 +6,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.dataset import IGNORED
+
 # The splits are streams of their own, so that none shares a sample with another but by chance.
 _STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 class Sample(NamedTuple):
-    """`tokens` (T + 1,) int64, and `answers` (T + 1,) bool: which of them are asked for."""
+    """`input_ids` (T,) int64; `labels` (T,) int64, the answer asked for behind each, -100 where none is."""
 
-    tokens: NDArray[np.int64]
-    answers: NDArray[np.bool_]
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
 
 
 class Task(ABC):
-    """Samples of T + 1 tokens, the answers of which follow from the tokens before them."""
+    """Samples of T tokens, in which every answer follows from the tokens before it."""
 
     @property
     @abstractmethod
@@ -37,7 +39,7 @@ class Task(ABC):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, seq_len: int) -> Sample:
-        """A sample of seq_len + 1 tokens, seq_len being at least `min_seq_len`."""
+        """A sample of seq_len tokens, at least `min_seq_len`."""
 
     def identity(self) -> str:
         """What decides the samples besides their numbers, the same on every machine."""
@@ -62,8 +64,8 @@ class Task(ABC):
 
 def fill_up(prompt: NDArray[np.int64], answer: NDArray[np.int64], eos_id: int, seq_len: int) -> Sample:
     """`prompt`, `answer` and an end of text, which is asked for like the answer; ends of text behind."""
-    tokens = np.full(seq_len + 1, eos_id, dtype=np.int64)
-    end = len(prompt) + len(answer)
+    tokens, end = np.full(seq_len + 1, eos_id), len(prompt) + len(answer)
     tokens[:end] = np.concatenate([prompt, answer])
-    places = np.arange(seq_len + 1)
-    return Sample(tokens, (places >= len(prompt)) & (places <= end))
+    labels = np.full(seq_len, IGNORED)
+    labels[len(prompt) - 1 : end] = tokens[len(prompt) : end + 1]
+    return Sample(tokens[:-1], labels)

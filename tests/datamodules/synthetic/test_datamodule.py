@@ -28,15 +28,14 @@ def assert_same(one: Batch, other: Batch) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
 
 
-def test_a_batch_holds_inputs_and_shifted_labels() -> None:
+def test_a_batch_holds_its_samples_and_padding() -> None:
     for row, (input_ids, labels) in enumerate(zip(*joined(made().val_dataloader()).values(), strict=True)):
         if row == 7:
             assert (input_ids == 0).all()
             assert (labels == -100).all()
             continue
-        tokens, answers = TASK.sample(0, "val", row, 20)
-        assert input_ids.tolist() == tokens[:-1].tolist()
-        assert labels.tolist() == [token if answer else -100 for token, answer in zip(tokens, answers, strict=True)][1:]
+        sample = TASK.sample(0, "val", row, 20)
+        assert (input_ids.tolist(), labels.tolist()) == (sample.input_ids.tolist(), sample.labels.tolist())
     batch = next(iter(made().train_dataloader()))
     assert {name: (x.dtype, x.shape) for name, x in batch.items()} == {
         "input_ids": (torch.int64, (4, 20)),

@@ -18,17 +18,26 @@ QUESTION = re.compile(r"\nWhat (?:is|are) the special magic (?:word|number|uuid)
 Decode = Callable[[list[int]], str]
 
 
+def whole(sample: Sample, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """All T + 1 tokens, and which of them are asked for."""
+    answers = np.append(False, sample.labels != -100)
+    tokens = np.append(sample.input_ids, sample.labels[-1] if answers[-1] else eos_id)
+    np.testing.assert_array_equal(tokens[answers], sample.labels[sample.labels != -100])
+    return tokens, answers
+
+
 def from_bytes(ids: list[int]) -> str:
     return bytes(ids).decode()
 
 
 def split(sample: Sample, eos_id: int, decode: Decode = from_bytes) -> tuple[str, str]:
     """Prompt and answer, after a look at where they stand."""
-    first, *_, last = np.flatnonzero(sample.answers)
-    assert sample.answers[first : last + 1].all()
-    assert (sample.tokens[last:] == eos_id).all()
-    assert eos_id not in sample.tokens[:last]
-    return decode(sample.tokens[:first].tolist()), decode(sample.tokens[first:last].tolist())
+    tokens, answers = whole(sample, eos_id)
+    first, *_, last = np.flatnonzero(answers)
+    assert answers[first : last + 1].all()
+    assert (tokens[last:] == eos_id).all()
+    assert eos_id not in tokens[:last]
+    return decode(tokens[:first].tolist()), decode(tokens[first:last].tolist())
 
 
 def solve(prompt: str, variant: str) -> str:
@@ -61,7 +70,7 @@ def test_answers_follow_from_the_text(data: st.DataObject) -> None:
     )  # fmt: skip
     seq_len = task.min_seq_len + data.draw(st.integers(0, 300))
     sample = task.sample(data.draw(st.integers(0, 2**40)), "train", data.draw(st.integers(0, 999)), seq_len)
-    assert len(sample.tokens) == len(sample.answers) == seq_len + 1
+    assert len(sample.input_ids) == len(sample.labels) == seq_len
     prompt, answer = split(sample, 256)
     assert solve(prompt, variant) == answer
     needles = NEEDLE.findall(prompt)
@@ -149,11 +158,11 @@ def test_a_tokenizer_encodes_the_same_questions(tokenizer: Path, variant: str, s
     longest = max(len(loaded.encode(f" {sentence}").ids) for sentence in SENTENCES)
     for i in range(60):
         sample = task.sample(0, "train", i, seq_len)
-        assert len(sample.tokens) == seq_len + 1
+        assert len(sample.input_ids) == seq_len
         prompt, answer = split(sample, task.eos_id, loaded.decode)
         assert solve(prompt, variant) == answer
         if seq_len == 300:
-            assert seq_len - (sample.tokens != task.eos_id).sum() < longest
+            assert seq_len - (sample.input_ids != task.eos_id).sum() < longest
 
 
 @pytest.mark.parametrize("normalizer", [normalizers.Strip(), normalizers.Replace(". ", "")], ids=["longer", "shorter"])
@@ -168,7 +177,7 @@ def test_text_may_take_other_tokens_together_than_apart(normalizer: normalizers.
     characters.save(str(tmp_path / "tokenizer.json"))
     task = Needles(tokenizer=tmp_path)
     for i in range(20):
-        tokens, answers = task.sample(0, "train", i, 900)
+        tokens, answers = whole(task.sample(0, "train", i, 900), task.eos_id)
         first, *_, last = np.flatnonzero(answers)
         assert (tokens[first:last] != task.eos_id).all()
         assert 900 - last <= max(map(len, SENTENCES)), "another sentence would have fitted"

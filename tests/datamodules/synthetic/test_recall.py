@@ -7,10 +7,10 @@ from datamodules.synthetic import Recall, Sample
 
 
 def solve(sample: Sample, num_pairs: int) -> dict[int, int]:
-    """Place of every answer, and the answer, from what was said about its key before."""
-    tokens = sample.tokens.tolist()
+    """Place of every question, and the answer, from what was said about its key before."""
+    tokens = sample.input_ids.tolist()
     said = dict(zip(tokens[: 2 * num_pairs : 2], tokens[1 : 2 * num_pairs : 2], strict=True))
-    return {t + 1: said[key] for t, key in enumerate(tokens) if t >= 2 * num_pairs and key in said}
+    return {t: said[key] for t, key in enumerate(tokens) if t >= 2 * num_pairs and key in said}
 
 
 @given(st.data())
@@ -24,24 +24,24 @@ def test_answers_follow_from_the_pairs(data: st.DataObject) -> None:
     )  # fmt: skip
     seq_len = task.min_seq_len + data.draw(st.integers(0, 40))
     sample = task.sample(data.draw(st.integers(0, 2**40)), "train", data.draw(st.integers(0, 10**9)), seq_len)
-    assert len(sample.tokens) == len(sample.answers) == seq_len + 1
-    places = np.flatnonzero(sample.answers)
-    assert solve(sample, num_pairs) == {t: sample.tokens[t] for t in places}
+    assert len(sample.input_ids) == len(sample.labels) == seq_len
+    places = np.flatnonzero(sample.labels != -100)
+    assert solve(sample, num_pairs) == {t: sample.labels[t] for t in places}
     assert len(places) == num_queries
-    half, pairs = task.vocab_size // 2, sample.tokens[: 2 * num_pairs]
+    half, pairs = task.vocab_size // 2, sample.input_ids[: 2 * num_pairs]
     assert len(set(pairs.tolist())) == 2 * num_pairs, "one key said twice would make the answer ambiguous"
     assert pairs[::2].min() >= 1
     assert pairs[::2].max() < half <= pairs[1::2].min()
-    said = {*range(2 * num_pairs), *places, *places - 1}
-    between = [token for t, token in enumerate(sample.tokens) if t not in said]
+    said = {*range(2 * num_pairs), *places}
+    between = [token for t, token in enumerate(sample.input_ids) if t not in said]
     assert set(between) <= ({0} if not task.noise else set(range(1, task.vocab_size)))
-    assert sample.tokens.max() < task.vocab_size
+    assert sample.input_ids.max() < task.vocab_size
 
 
 def test_the_smallest_sequence_holds_pairs_and_queries_and_nothing_else() -> None:
     task = Recall(vocab_size=20, num_pairs=3, num_queries=2)
-    assert task.min_seq_len == 9  # ten tokens, the last of which is only a target
-    assert solve(task.sample(0, "val", 0, 9), 3).keys() == {7, 9}
+    assert task.min_seq_len == 9  # nothing behind the last query
+    assert solve(task.sample(0, "val", 0, 9), 3).keys() == {6, 8}
     with pytest.raises(ValueError, match=r"Recall\(vocab_size=20.*seq_len=8: it needs at least 9"):
         task.sample(0, "val", 0, 8)
 
@@ -49,20 +49,20 @@ def test_the_smallest_sequence_holds_pairs_and_queries_and_nothing_else() -> Non
 def test_a_small_power_asks_early_and_one_asks_anywhere() -> None:
     def middle(power_a: float) -> float:
         task = Recall(vocab_size=64, num_pairs=1, power_a=power_a)
-        return float(np.mean([np.flatnonzero(task.sample(0, "train", i, 201).answers)[0] for i in range(400)]))
+        return float(np.mean([np.argmax(task.sample(0, "train", i, 201).labels) for i in range(400)]))
 
     # slots 1 to 100 with weights i^-0.99 have their mean at 19.6, with equal ones at 50.5
     weights = np.arange(1, 101) ** -0.99
     near = weights @ np.arange(1, 101) / weights.sum()
-    assert middle(0.01) == pytest.approx(2 * near + 1, rel=0.15)
-    assert middle(1.0) == pytest.approx(2 * 50.5 + 1, rel=0.06)
+    assert middle(0.01) == pytest.approx(2 * near, rel=0.15)
+    assert middle(1.0) == pytest.approx(2 * 50.5, rel=0.06)
 
 
 def test_every_key_is_as_likely_to_be_asked_for() -> None:
     task, asked = Recall(vocab_size=64, num_pairs=4, num_queries=1), np.zeros(4)
     for i in range(400):
-        tokens, answers = task.sample(1, "train", i, 20)
-        asked += tokens[1:8:2] == tokens[answers]
+        input_ids, labels = task.sample(1, "train", i, 20)
+        asked += input_ids[1:8:2] == labels.max()
     assert asked.min() > 70
     assert asked.sum() == 400
 

@@ -15,7 +15,7 @@ def task(request: pytest.FixtureRequest) -> Task:
 
 
 def stacked(samples: list[Sample]) -> np.ndarray:
-    return np.stack([sample.tokens for sample in samples])
+    return np.stack([sample.input_ids for sample in samples])
 
 
 def test_a_sample_does_not_depend_on_the_ones_before(task: Task) -> None:
@@ -42,7 +42,8 @@ def test_the_identity_tells_tasks_apart() -> None:
 
 
 def test_answers_come_with_their_end_and_nothing_behind_counts() -> None:
-    tokens, answers = fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=6)
-    assert tokens.tolist() == [3, 4, 5, 6, 9, 9, 9]
-    assert answers.tolist() == [False, False, True, True, True, False, False]
-    assert fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=4).answers.tolist()[2:] == [True] * 3
+    input_ids, labels = fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=6)
+    assert input_ids.tolist() == [3, 4, 5, 6, 9, 9]
+    assert labels.tolist() == [-100, 5, 6, 9, -100, -100]
+    input_ids, labels = fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=4)
+    assert (input_ids.tolist(), labels.tolist()) == ([3, 4, 5, 6], [-100, 5, 6, 9])
