@@ -53,7 +53,8 @@ def test_a_sample_where_there_is_a_tokenizer(cli: Cli, tiny: Path, write: Callab
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"Return the number {i}, and the one after it. " * 20)
     data = tmp_path / "data"
-    assert cli("prepare", "pretrain", "--output", data, "--source", texts, "--vocab_size", "300", "--held_out", "0.3").code == 0
+    given = ["--output", data, "--source", texts, "--vocab_size", "300", "--held_out", "0.3"]
+    assert cli("prepare", "pretrain", *given).code == 0
     extra = write(f"model: {{model: {{vocab_size: 300}}}}\ndata: {{init_args: {{path: {data}}}}}\n")
     assert cli("fit", "--config", tiny, "--config", extra).code == 0
     first, again, other = (
