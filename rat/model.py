@@ -21,6 +21,8 @@ MIXERS: dict[MixerName, Callable[[ModelConfig], Mixer]] = {
 }
 
 IGNORED = -100
+# Rows of logits that the loss holds at a time on a CPU, where the library's own choice is a quarter slower.
+CPU_LOSS_ROWS = 256
 
 
 class CausalLM(Pretrained, Generator):
@@ -71,7 +73,7 @@ class CausalLM(Pretrained, Generator):
             labels.flatten(),
             ignore_index=IGNORED,
             reduction="sum",
-            options=nn.LinearCrossEntropyOptions(),
+            options=nn.LinearCrossEntropyOptions(batch_chunk_size=CPU_LOSS_ROWS if x.device.type == "cpu" else None),
         )
         return total / counted
 
