@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from rat_cli.allocator import keep_freed_memory
+
 
 class Command(NamedTuple):
     """A command: where its function is, and what it is for. `None` stands for Lightning's own."""
@@ -37,6 +39,10 @@ COMMANDS = {
     ),
     "bench loader": Command("datamodules.benchmark:loader_throughput", "tokens/s of the data loader"),
 }
+
+
+# Commands that fill large tensors again and again.
+_COMPUTING = {"fit", "validate", "test", "predict", "generate", "bench layer"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(name: str, args: list[str]) -> None:
     function = COMMANDS[name].function
+    if name in _COMPUTING:
+        keep_freed_memory()
     if function is None:
         from rat_cli.lightning import run
 

@@ -101,12 +101,24 @@ def _mask(call: _Call, rows: slice, seen: int) -> tuple[int, Tensor]:
     return start, (slots < call.first[:, rows, None]) | (slots >= call.last[:, rows, None])
 
 
+def _angles(call: _Call, rows: slice) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a block's rows, (B or 1, R, 1, d / 2)."""
+    width, dtype = call.q.shape[-1], call.q.dtype
+    if not call.regular:
+        return angles(call.chunk[:, rows], width, call.rope_base, dtype)
+    # once for each chunk, not for each of its tokens
+    chunks = call.chunk[:, rows.start : rows.stop : call.chunk_size]
+    count = rows.stop - rows.start
+    cos, sin = angles(chunks, width, call.rope_base, dtype)
+    return tuple(x.repeat_interleave(call.chunk_size, 1)[:, :count] for x in (cos, sin))  # type: ignore[return-value]
+
+
 def _queries(call: _Call, rows: slice) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """A block's queries, rotated, scaled and tiled over the heads: (B * H, R, d); and the (scaled) angles."""
     q = call.q[:, rows]
     turned = None
     if call.rope_base:
-        cos, sin = angles(call.chunk[:, rows], q.shape[-1], call.rope_base, q.dtype)
+        cos, sin = _angles(call, rows)
         turned = cos * call.scale, sin * call.scale
     q = q * call.scale if turned is None else turn(q, *turned)
     batch, length, groups, width = q.shape
