@@ -133,5 +133,7 @@ class CausalLM(Pretrained, Generator):
         return head + sum(layer.flops_per_token(seq_len) for layer in self.layers)
 
     def cache_bytes(self, seq_len: int, bytes_per_element: int = 2) -> int:
-        """Bytes that the decoding state of one row of `seq_len` tokens needs."""
-        return bytes_per_element * sum(layer.mixer.cache_elements(seq_len) for layer in self.layers)
+        """Bytes that the decoding state of one row of `seq_len` tokens needs; recurrences are always fp32."""
+        mixers = [layer.mixer for layer in self.layers]
+        wide = sum(mixer.recurrent_elements for mixer in mixers)
+        return bytes_per_element * (sum(mixer.cache_elements(seq_len) for mixer in mixers) - wide) + 4 * wide

@@ -13,6 +13,8 @@ class Mixer(nn.Module, ABC):
 
     in_proj: nn.Linear
     out_proj: nn.Linear
+    # Of `cache_elements`, those of a recurrence, which are fp32 whatever the rest is.
+    recurrent_elements = 0
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()

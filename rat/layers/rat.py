@@ -24,6 +24,7 @@ class RAT(GatedMixer):
         if num_heads % num_groups:
             raise ValueError(f"num_heads {num_heads} is not divisible by num_groups {num_groups}")
         self.chunk_size = chunk_size
+        self.recurrent_elements = 2 * d_model
         self.num_groups = num_groups
         self.rope_base = rope_base
         d_group = num_groups * self.d_head

@@ -19,6 +19,7 @@ class RNN(GatedMixer):
 
     def __init__(self, d_model: int, num_heads: int, max_seq_len: int) -> None:
         super().__init__(d_model, num_heads, gate_span=max_seq_len)
+        self.recurrent_elements = d_model
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
 

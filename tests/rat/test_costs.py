@@ -14,16 +14,17 @@ from rat.config import MixerName
 # The paper's XL.
 V, D, N, GD, L, W, T = 32_000, 2048, 24, 2 * 128, 16, 1024, 4096
 FEED_FORWARD = 8 * D**2
-# Parameters, forward FLOPs a token and cache elements of one mixer.
-MIXERS: dict[MixerName, tuple[int, int, int]] = {
+# Parameters, forward FLOPs a token, cache elements and how many of them a recurrence keeps in fp32, of one mixer.
+MIXERS: dict[MixerName, tuple[int, int, int, int]] = {
     "rat": (
         (4 * D + 2 * GD) * D + D,
         2 * (4 * D + 2 * GD) * D + 2 * T // L * D,
         2 * T // L * D + 2 * D,
+        2 * D,
     ),
-    "attention": (4 * D**2, 8 * D**2 + 2 * T * D, 2 * T * D),
-    "sliding_window": (4 * D**2, 8 * D**2 + 4 * W * D, 2 * (W + 1) * D),
-    "rnn": (4 * D**2 + D, 8 * D**2, D),
+    "attention": (4 * D**2, 8 * D**2 + 2 * T * D, 2 * T * D, 0),
+    "sliding_window": (4 * D**2, 8 * D**2 + 4 * W * D, 2 * (W + 1) * D, 0),
+    "rnn": (4 * D**2 + D, 8 * D**2, D, D),
 }
 BACKBONES: list[tuple[tuple[MixerName, ...], str]] = [
     (("attention",), "1.274"),
@@ -40,11 +41,11 @@ def test_the_papers_models_have_their_size(pattern: tuple[MixerName, ...], billi
     with torch.device("meta"):
         model = CausalLM(ModelConfig(vocab_size=V, d_model=D, num_layers=N, num_heads=16, pattern=pattern))
     layers = [MIXERS[pattern[n % len(pattern)]] for n in range(N)]
-    parameters, flops, elements = (sum(column) for column in zip(*layers, strict=True))
+    parameters, flops, elements, wide = (sum(column) for column in zip(*layers, strict=True))
     assert model.num_parameters() == V * D + D + N * (FEED_FORWARD + 2 * D) + parameters
     assert f"{model.num_parameters() / 1e9:.3f}" == billions
     assert model.flops_per_token(T) == 2 * V * D + N * 2 * FEED_FORWARD + flops
-    assert model.cache_bytes(T) == 2 * elements
+    assert model.cache_bytes(T) == 2 * (elements - wide) + 4 * wide
     assert model.cache_bytes(T, bytes_per_element=4) == 4 * elements
 
 
