@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         FileNotFoundError: nothing there.
         ValueError: not a tokenizer, or none with an end of text.
     """
-    path = tokenizer_file(path)
+    path = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a tokenizer.json, or a folder that holds one")
     try:
@@ -54,11 +54,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
     end_of_text_id(tokenizer)
     return _for_documents(tokenizer)
-
-
-def tokenizer_file(path: str | Path) -> Path:
-    """`path` itself, or the tokenizer.json of the folder it is."""
-    return Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
 
 
 def save_tokenizer(given: str | Path, path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from datamodules.resumable import check_at_least
 from datamodules.synthetic.task import Sample, Task, fill_up
 from datamodules.synthetic.words import SENTENCES, Kind, draw_names, how_many
-from datamodules.tokenizer import end_of_text_id, fingerprint, load_tokenizer, tokenizer_file
+from datamodules.tokenizer import describe_tokenizer, end_of_text_id, load_tokenizer
 
 Variant = Literal["single", "multi_key", "multi_value", "multi_query"]
 _PROBES = 32
@@ -117,7 +117,7 @@ class Needles(Task):
         """See `Task.identity`: the tokenizer by its content, wherever it lies."""
         if self.tokenizer is None:
             return repr(self)
-        return f"{replace(self, tokenizer=None)} of tokenizer {fingerprint(tokenizer_file(self.tokenizer))}"
+        return f"{replace(self, tokenizer=None)} of tokenizer {describe_tokenizer(self.tokenizer)}"
 
     def draw(self, rng: np.random.Generator, seq_len: int) -> Sample:
         """See `Task.draw`."""
