@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from datamodules.shards import INDEX, ShardError, TokenShards
-from datamodules.tokenizer import end_of_text_id, load_tokenizer
+from datamodules.tokenizer import describe_tokenizer, end_of_text_id, load_tokenizer
 
 _CHUNK = 1 << 24
 
@@ -41,7 +41,10 @@ def inspect(
     if document < 0 or num_documents < 0 or max_chars < 1:
         raise ValueError(f"impossible: {document=}, {num_documents=}, {max_chars=}")
     shards = TokenShards(path / "train" if (path / "train").is_dir() else path)
-    vocabulary = load_tokenizer(_tokenizer_beside(shards.folder) if tokenizer is None else tokenizer)
+    beside = _tokenizer_beside(shards.folder) if tokenizer is None else tokenizer
+    vocabulary = load_tokenizer(beside)
+    if shards.index.tokenizer_sha256 not in (None, describe_tokenizer(beside)):
+        raise ShardError(f"{shards.path} was made with another tokenizer than {beside}: give that one as --tokenizer")
     eos_id = end_of_text_id(vocabulary) if shards.index.eos_id is None else shards.index.eos_id
     ends = _ends(shards, eos_id)
     if num_documents and document >= len(ends):

@@ -1,6 +1,8 @@
 """Folders that are made whole or not at all, and know what they were made with."""
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +14,33 @@ RECORD = "prepare.json"
 
 @contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, beside `output`. It takes its place when the `with` block ends well, else it goes away."""
+    """A folder to fill, beside `output`. It takes its place when the `with` block ends well, else it goes away.
+
+    Raises:
+        FileExistsError: another process is filling it.
+    """
     partial, old = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    handle = os.open(partial, os.O_RDONLY)
     try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another prepare is at work on {output}: wait for it or stop it") from None
+        for entry in partial.iterdir():  # what a killed one left
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        try:
+            yield partial
+            shutil.rmtree(old, ignore_errors=True)
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_record(folder: Path, made_with: dict[str, Any], counts: dict[str, Any]) -> None:

@@ -64,43 +64,50 @@ class WorkFolder:
 
         def check() -> None:
             for split in SPLITS:
-                TokenShards(self.output / split, tokenizer_sha256=fingerprint(self.output / "tokenizer.json"))
+                shards = TokenShards(self.output / split, tokenizer_sha256=fingerprint(self.output / "tokenizer.json"))
+                if overwrite:  # asked for to mend what may be damaged
+                    shards.verify()
 
         if self._parts.is_dir() and not (self.output / RECORD).is_file():
             return False
         done = is_done(self.output, plan.made_with, overwrite, check)
         if done:  # or killed before this
-            shutil.rmtree(self._parts, ignore_errors=True)
+            self._clear()
         return done
 
-    def begin(self, plan: Plan, overwrite: bool) -> None:
-        """Begin work, or go on with it. Raises FileExistsError where other work stands half-way."""
+    def is_begun(self, plan: Plan, overwrite: bool) -> bool:
+        """Whether work on `plan` can go on here. Raises FileExistsError where other work stands half-way."""
         path = self._parts / "plan.json"
-        if path.is_file():
-            if not (changed := _read_plan(path).differences(plan)):
-                return
-            if not overwrite:
-                raise FileExistsError(
-                    f"{self.output} stands half-way, but {changed}: give the same arguments, another --output, or add"
-                    " --overwrite true"
-                )
-            path.unlink()  # first: what is left then belongs to nothing
-            for entry in self._parts.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                elif entry.suffix != ".lock":
-                    entry.unlink()
+        if not (path.is_file() and self.tokenizer.is_file()):
+            return False  # at most the beginning of a beginning
+        changed = _read_plan(path).differences(plan)
+        if changed and not overwrite:
+            raise FileExistsError(
+                f"{self.output} stands half-way, but {changed}: give the same arguments, another --output, or add"
+                " --overwrite true"
+            )
+        return not changed
+
+    def begin(self, plan: Plan) -> None:
+        """Begin work, under the lock of the plan; what belongs to other work goes away."""
+        path = self._parts / "plan.json"
+        path.unlink(missing_ok=True)
+        for entry in self._parts.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.suffix != ".lock":
+                entry.unlink()
         for split in SPLITS:
-            (self._parts / split).mkdir(parents=True, exist_ok=True)
+            (self._parts / split).mkdir()
         _write_atomically(path, plan._asdict())
 
     @contextmanager
-    def lock(self, name: str, wait: bool = False) -> Iterator[None]:
-        """Keep others out of a unit, or of the whole; ShardError if somebody is at work there and `wait` is not set."""
+    def lock(self, name: str, shared: bool = False) -> Iterator[None]:
+        """Keep others out of a unit, or (shared) keep the plan as it is; ShardError if that is not to be had."""
         self._parts.mkdir(parents=True, exist_ok=True)
         with (self._parts / f"{name}.lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ShardError(
                     f"another prepare is at work on {name} of {self.output}: wait for it or stop it, or give every"
@@ -118,12 +125,24 @@ class WorkFolder:
         with self.lock("plan"):
             files = self._finished(plan)
             (self.output / RECORD).unlink(missing_ok=True)
-            for split in SPLITS:
+            waiting = [split for split in SPLITS if (self._parts / split).is_dir()]
+            if waiting == list(SPLITS):  # old splits go first, so that none ever stands beside a new one
+                for split in SPLITS:
+                    shutil.rmtree(self.output / split, ignore_errors=True)
+            for split in waiting:  # all, but for a merge that was killed
                 self._place(split, files[split])
             shutil.copyfile(self.tokenizer, self.output / "tokenizer.json")
             _write_atomically(self.output / RECORD, plan._asdict())
-        shutil.rmtree(self._parts)
+        self._clear()
         return files
+
+    def _clear(self) -> None:
+        """Remove the parts; what a kill leaves of them does not look like any."""
+        old = self.output / ".parts.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self._parts.is_dir():
+            self._parts.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _finished(self, plan: Plan) -> dict[str, list[ShardFile]]:
         units = [self.unit(number) for number in range(plan.num_units)]
@@ -139,9 +158,7 @@ class WorkFolder:
         return files
 
     def _place(self, split: str, files: list[ShardFile]) -> None:
-        made, place = self._parts / split, self.output / split
-        if not made.is_dir():  # moved already by a merge that was killed
-            return
+        made = self._parts / split
         vocab_size = self._vocabulary.get_vocab_size()
         ShardIndex(
             dtype=shard_dtype(vocab_size),
@@ -153,9 +170,7 @@ class WorkFolder:
         TokenShards(made)
         for stray in {path.name for path in made.iterdir()} - {file.name for file in files} - {INDEX}:
             (made / stray).unlink()
-        if place.exists():
-            shutil.rmtree(place)
-        made.rename(place)
+        made.rename(self.output / split)
 
 
 class Unit:

@@ -8,7 +8,7 @@ the parts have the same bytes however they were made. Merging gives them an inde
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -17,10 +17,13 @@ from tqdm import tqdm
 
 from datamodules.encoding import Encoded, Encoder
 from datamodules.parts import Plan, WorkFolder
+from datamodules.shards import ShardError
 from datamodules.text_sources import Split, TextSource, open_source
 from datamodules.tokenizer import describe_tokenizer, save_tokenizer, train_tokenizer
 
 DOCSTRINGS = "docstrings"
+# Training a tokenizer takes no longer.
+_BEGINNING_SECONDS = 600
 # More text changes the merges of a BPE no more.
 _TOKENIZER_CHARS = 200_000_000
 
@@ -99,13 +102,18 @@ def prepare_pretrain(
     if work.is_done(plan, overwrite):
         print(f"{output} is up to date")
         return
-    with work.lock("plan", wait=num_workers > 1):
-        work.begin(plan, overwrite)
-        if not work.tokenizer.is_file():
-            _make_tokenizer(work.tokenizer, tokenizer, texts, vocab_size)
-    _write(work, texts, range(worker, plan.num_units, num_workers), shard_tokens, num_processes)
+    _begin(
+        work, plan, overwrite, wait=num_workers > 1, make=lambda: _make_tokenizer(work, tokenizer, texts, vocab_size)
+    )
+    units = range(worker, plan.num_units, num_workers)
+    with work.lock("plan", shared=True):
+        if not work.is_begun(plan, overwrite=False):
+            raise ShardError(f"{output} was begun anew by another prepare: stop one of them")
+        _write(work, texts, units, shard_tokens, num_processes)
     if num_workers == 1:
         merge(output)
+    else:
+        print(f"worker {worker}: its {len(units)} of {plan.num_units} units are finished; prepare merge when all are")
 
 
 def merge(output: Path) -> None:
@@ -137,14 +145,28 @@ def _open(source: str, name: str | None, subset: str, text_key: str, split: Spli
     return DocstringSource(split, num_processes)
 
 
-def _make_tokenizer(path: Path, given: str | None, texts: TextSource, vocab_size: int) -> None:
+def _begin(work: WorkFolder, plan: Plan, overwrite: bool, *, wait: bool, make: Callable[[], None]) -> None:
+    """Begin the work, unless that is done; with `wait` for a while as long as another one may be doing it."""
+    until = time.monotonic() + _BEGINNING_SECONDS
+    while not work.is_begun(plan, overwrite):
+        try:
+            with work.lock("plan"):
+                work.begin(plan)
+                make()
+        except ShardError:
+            if not wait or time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def _make_tokenizer(work: WorkFolder, given: str | None, texts: TextSource, vocab_size: int) -> None:
     """Put the tokenizer into its place, whole."""
-    partial = path.with_suffix(".partial")
+    partial = work.tokenizer.with_suffix(".partial")
     if given is None:
-        train_tokenizer(_training_texts(texts), vocab_size).save(str(partial))
+        partial.write_text(train_tokenizer(_training_texts(texts), vocab_size).to_str(pretty=True))
     else:
         save_tokenizer(given, partial)
-    partial.replace(path)
+    partial.replace(work.tokenizer)
 
 
 def _training_texts(texts: TextSource) -> Iterator[str]:
@@ -179,10 +201,10 @@ class _Progress:
     """
 
     def __init__(self, sizes: list[int]) -> None:
-        total = sum(sizes) if all(sizes) else None
-        self._bar = tqdm(total=total, desc="encoding", unit="B", unit_scale=True)
+        self._known, self._num_units, self._finished = all(sizes), len(sizes), 0
+        self._bar = tqdm(total=sum(sizes) if self._known else None, desc="encoding", unit="B", unit_scale=True)
         self._started = time.monotonic()
-        self._tokens = self._in_unit = self._unshown = 0
+        self._tokens = self._bytes = self._in_unit = self._unshown = 0
 
     def __enter__(self) -> Self:
         return self
@@ -201,8 +223,12 @@ class _Progress:
 
     def finish(self, size: int) -> None:
         """A unit of which `size` bytes were expected is written."""
-        if self._bar.total is not None:
+        self._finished += 1
+        self._bytes += self._in_unit
+        if self._known:
             self._bar.total += self._in_unit - size
+        elif self._num_units > 1:  # the others will be like those so far
+            self._bar.total = self._bytes * self._num_units // self._finished
         self._in_unit = 0
 
     def _show(self) -> None:

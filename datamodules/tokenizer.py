@@ -70,7 +70,7 @@ def save_tokenizer(given: str | Path, path: Path) -> None:
     """
     file = _local_file(given) or _from_hub(str(given))
     if file.suffix == ".model":
-        convert(file).save(str(path))
+        path.write_text(convert(file).to_str(pretty=True))
     else:
         shutil.copyfile(file, path)
     load_tokenizer(path)

@@ -141,6 +141,7 @@ class TokenDataModule(ResumableDataModule):
         """The validation samples, whose losses `predict` tells one by one."""
         return self.val_dataloader()
 
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, int | str]:
         """See `ResumableDataModule.identity`."""
-        return {"seq_len": self.seq_len}
+        tokenizer = self.dataset("train").shards.index.tokenizer_sha256
+        return {"seq_len": self.seq_len} | ({"tokenizer_sha256": tokenizer} if tokenizer else {})

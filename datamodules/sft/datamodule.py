@@ -152,6 +152,8 @@ class SFTDataModule(SplitDataModule):
             lengths = self.dataset("train").examples.lengths.sum(axis=1)
             rank_zero_info(str(padding(lengths, self.seq_len, self.chunk_size)))
 
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, int | str]:
         """See `ResumableDataModule.identity`."""
-        return {"seq_len": self.seq_len, "packing": self.chunk_size or 0}
+        tokenizer = self.dataset("train").examples.shards.index.tokenizer_sha256
+        own = {"seq_len": self.seq_len, "packing": self.chunk_size or 0}
+        return own | ({"tokenizer_sha256": tokenizer} if tokenizer else {})

@@ -98,7 +98,13 @@ def prepare_sft(
         "held_out": held_out,
         "test_split": test_split,
     }
-    if is_done(output, made_with, overwrite, lambda: _open(output)):
+
+    def check() -> None:
+        for split in _open(output):
+            if overwrite:  # asked for to mend what may be damaged
+                split.shards.verify()
+
+    if is_done(output, made_with, overwrite, check):
         print(f"{output} is up to date")
         return
     with whole_folder(output) as folder:

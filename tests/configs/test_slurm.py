@@ -1,4 +1,4 @@
-"""The job scripts do what they say, with a stand-in for srun that runs its arguments here."""
+"""The job scripts do what they say, in the environment that SLURM would give them."""
 
 import json
 import os
@@ -19,9 +19,8 @@ SCRIPT = ROOT / "configs" / "slurm" / "prepare.sbatch"
 def environment(tmp_path: Path) -> dict[str, str]:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, command in (("srun", 'exec "$@"'), ("python", f'exec {sys.executable} "$@"')):
-        (tools / name).write_text(f"#!/bin/sh\n{command}\n")
-        (tools / name).chmod(0o755)
+    (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
     return {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
 
 
