@@ -6,6 +6,7 @@ from typing import Any
 from datamodules.dataset import TokenDataset, TokenLoader
 from datamodules.resumable import ResumableDataModule, check_at_least
 from datamodules.shards import TokenShards
+from datamodules.tokenizer import FILE_NAME
 
 _RELEASED_EOS = 2
 
@@ -78,6 +79,12 @@ class TokenDataModule(ResumableDataModule):
         if index.vocab_size is None and self._vocab_size is None:
             raise ValueError("raw shards do not say their vocabulary: give vocab_size")
         return self._vocab_size or index.vocab_size or 0
+
+    @property
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json beside the shards, if there is one."""
+        folder = next(path for path in self._paths.values() if path).parent
+        return folder / FILE_NAME if (folder / FILE_NAME).is_file() else None
 
     @property
     def eos_id(self) -> int:

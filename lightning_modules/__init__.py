@@ -1,6 +1,12 @@
 """Training and validation logic for Lightning: the module, its schedule, callbacks. Knows models, not data."""
 
-from lightning_modules.callbacks import ExportModel, LastCheckpoint, MemoryLengthHistogram, Throughput
+from lightning_modules.callbacks import (
+    ExportModel,
+    LastCheckpoint,
+    MemoryLengthHistogram,
+    PredictionWriter,
+    Throughput,
+)
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.schedule import OptimizerConfig
 
@@ -10,5 +16,6 @@ __all__ = [
     "LastCheckpoint",
     "MemoryLengthHistogram",
     "OptimizerConfig",
+    "PredictionWriter",
     "Throughput",
 ]

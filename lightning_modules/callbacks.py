@@ -1,5 +1,6 @@
 """What happens beside training: checkpoints, the exported model, throughput, and a look at the gates."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ThroughputMonitor
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, ThroughputMonitor
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -66,7 +67,7 @@ class ExportModel(Callback):
 
     Args:
         folder: where model.safetensors and config.json go. Default: `model` in the run's folder.
-        tokenizer: a tokenizer.json to put beside them.
+        tokenizer: a tokenizer.json to put beside them. Default: the `tokenizer_file` of the data module, if it has one.
     """
 
     def __init__(self, folder: Path | None = None, tokenizer: Path | None = None) -> None:
@@ -74,6 +75,7 @@ class ExportModel(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a missing tokenizer before training, not after."""
+        self.tokenizer = self.tokenizer or getattr(trainer.datamodule, "tokenizer_file", None)
         if self.tokenizer is not None and not self.tokenizer.is_file():
             raise FileNotFoundError(f"ExportModel: the tokenizer {self.tokenizer} does not exist")
 
@@ -84,6 +86,36 @@ class ExportModel(Callback):
             pl_module.model.save_pretrained(folder)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write what `predict` finds, a line of JSON for each sequence with counted targets, in the order of the data.
+
+    Args:
+        path: the file. Default: predictions.jsonl in the run's folder. Every rank beyond the first has one of its own.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        super().__init__("batch")
+        self.path = path
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the file anew."""
+        path = self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
+        self.path = path if trainer.is_global_zero else path.with_suffix(f".{trainer.global_rank}.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+
+    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any) -> None:
+        """Append the sequences of a batch."""
+        columns = {name: values.tolist() for name, values in prediction.items()}
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows if row["tokens"])
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where they are."""
+        print(f"predictions: {self.path}")
 
 
 class Throughput(ThroughputMonitor):

@@ -114,7 +114,8 @@ class LanguageModel(LightningModule):
         if self.init_from is None:
             self.model = CausalLM(self.config)
         else:
-            self.model = CausalLM.from_pretrained(self.init_from, self.config)
+            # fp32, whatever it was saved in: products may run in less, weights may not
+            self.model = CausalLM.from_pretrained(self.init_from, self.config).float()
         if self.activation_checkpointing:
             for i, block in enumerate(self.model.layers):
                 self.model.layers[i] = checkpoint_wrapper(block)

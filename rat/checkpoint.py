@@ -77,6 +77,8 @@ def check_weights(expected: Mapping[str, torch.Size], weights: Mapping[str, Tens
     for name, shape in expected.items():
         if name in weights and weights[name].shape != shape:
             problems.append(f"{name} is {tuple(weights[name].shape)}, this model's is {tuple(shape)}")
+        elif name in weights and not weights[name].is_floating_point():
+            problems.append(f"{name} holds {weights[name].dtype}, no floating-point numbers")
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"{source} does not fit the model: " + "; ".join(problems[:8]) + more)

@@ -15,6 +15,10 @@ Prompt = Sequence[int] | Tensor
 PREFILL_TOKENS = 4096
 
 
+# Below this, logits divided by the temperature overflow, and the likeliest token has all the probability anyway.
+_COLDEST = 1e-6
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is drawn from its logits; the defaults are greedy.
@@ -49,7 +53,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             factor = torch.where(logits > 0, 1 / self.repetition_penalty, self.repetition_penalty)
             logits = torch.where(seen, logits * factor, logits)
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return logits.argmax(-1)
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:

@@ -106,6 +106,10 @@ class CausalLM(Pretrained, Generator):
             (B, V) logits after each row's last token; meaningless for rows that bring none.
         """
         self._check(input_ids)
+        rows = len(state[0].lengths)
+        if rows != len(input_ids) or (lengths is not None and lengths.shape != (rows,)):
+            given = "" if lengths is None else f", lengths {tuple(lengths.shape)}"
+            raise ValueError(f"the state has {rows} rows, input_ids are {tuple(input_ids.shape)}{given}")
         x = self.embedding(input_ids)
         for layer, part in zip(self.layers, state, strict=True):
             x = layer.step(x, part, lengths)

@@ -26,6 +26,7 @@ class InfoCLI(RatCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is asked of the config."""
         parser.add_argument("--seq_len", type=list[int] | None, default=None, help="lengths to tell costs at")
+        parser.add_argument("--ckpt_path", default=None, help="not looked at: whatever a config for fit may hold")
         parser.add_argument("--batch_size", type=int | None, default=None, help="micro batch; default: the data's")
 
     def _set_seed(self) -> None:

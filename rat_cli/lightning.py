@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from lightning_modules import LanguageModel
-from lightning_modules.callbacks import AtomicCheckpointIO
+from lightning_modules.callbacks import AtomicCheckpointIO, PredictionWriter
 from rat_cli.config_files import ConfigFile, ConfigParser
 
 
@@ -52,10 +52,21 @@ class RatCLI(LightningCLI):
         plugins = given if isinstance(given, list) else [given]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             config["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if self.subcommand == "predict":
+            callbacks = [*callbacks, PredictionWriter()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning's reads the whole checkpoint for arguments to override, and the config is to decide."""
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """What the Trainer's method is called with. Raises ValueError where there is no last checkpoint to look at."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        savers = [saver for saver in self.trainer.callbacks if isinstance(saver, ModelCheckpoint)]
+        found = any(saver._find_last_checkpoints(self.trainer) for saver in savers)
+        if subcommand != "fit" and kwargs.get("ckpt_path") == "last" and not found:
+            raise ValueError("--ckpt_path last: this run has no checkpoint yet: fit first, or give a file")
+        return kwargs
 
     def instantiate_classes(self) -> None:
         """Make trainer, model and data. Raises ValueError with what the one at fault says, without its wrapping."""

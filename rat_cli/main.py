@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = argv[len(name.split()) :]
     try:
         _run(name, args)
+    except BrokenPipeError:  # whoever reads has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if not _is_the_users(error):
             raise

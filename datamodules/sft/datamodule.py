@@ -13,6 +13,7 @@ from datamodules.resumable import SplitDataModule, check_at_least
 from datamodules.sampler import PADDING
 from datamodules.sft.examples import Examples
 from datamodules.sft.packing import pack, padding
+from datamodules.tokenizer import FILE_NAME
 
 
 class SFTDataset(Dataset[Batch]):
@@ -112,6 +113,11 @@ class SFTDataModule(SplitDataModule):
     def vocab_size(self) -> int:
         """Size of the vocabulary."""
         return self._any.examples.shards.index.vocab_size or 0
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer.json that the prompts and answers are in."""
+        return self.path / FILE_NAME
 
     @property
     def eos_id(self) -> int:

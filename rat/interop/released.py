@@ -112,9 +112,9 @@ def _infer(weights: Mapping[str, Tensor], told: Mapping[str, Any], known: dict[s
     values |= known
     if (names := _pattern(weights, len(layers), cells)) is not None:
         values.setdefault("pattern", names)
-    width = weights.get("layers.0.mixer.in_proj.weight", embedding).shape[0]
-    if "num_heads" in values and width > 3 * d_model:
-        values.setdefault("num_groups", (width - 3 * d_model) * values["num_heads"] // (2 * d_model))
+    wide = [width for n in range(len(layers)) if (width := _projection_width(weights, n)) > 3 * d_model]
+    if "num_heads" in values and wide:
+        values.setdefault("num_groups", max(1, (wide[0] - 3 * d_model) * values["num_heads"] // (2 * d_model)))
     kinds = values.get("pattern", ())
     needed = {
         "num_heads": True,
@@ -128,6 +128,12 @@ def _infer(weights: Mapping[str, Tensor], told: Mapping[str, Any], known: dict[s
             f"from_pretrained({path.name!r}, {{{', '.join(f'{name!r}: ...' for name in missing)}}})"
         )
     return ModelConfig.from_dict(values, str(path))
+
+
+def _projection_width(weights: Mapping[str, Tensor], layer: int) -> int:
+    """Rows of a layer's projection; 0 where it is missing or no matrix, which is told later, by its name."""
+    projection = weights.get(f"layers.{layer}.mixer.in_proj.weight")
+    return projection.shape[0] if projection is not None and projection.ndim == 2 else 0
 
 
 def _cells(told: Any) -> list[dict[str, Any]]:
@@ -154,10 +160,8 @@ def _pattern(weights: Mapping[str, Tensor], num_layers: int, cells: list[dict[st
         plain = "attention"
     names: list[MixerName | None] = []
     for n in range(num_layers):
-        projection = weights.get(f"layers.{n}.mixer.in_proj.weight", embedding)
         gated = f"layers.{n}.mixer.gate_bias" in weights
-        wide = projection.shape[0] > 3 * embedding.shape[1]
-        names.append(("rat" if wide else "rnn") if gated else plain)
+        names.append(("rnn" if _projection_width(weights, n) == 3 * embedding.shape[1] else "rat") if gated else plain)
     if "rat" in names or "rnn" in names:  # no published hybrid has a gated layer beside whole attention
         names = [name or "sliding_window" for name in names]
     elif plain == "sliding_window" and len(cells) > 1:

@@ -108,3 +108,9 @@ def test_a_flipped_bit_is_found(prepared: Path, place: int) -> None:
 def test_nothing_to_verify(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"holds no shards with an index.json"):
         verify(tmp_path)
+
+
+def test_another_tokenizer_is_refused(prepared: Path, tmp_path: Path) -> None:
+    train_tokenizer(["quite other words"] * 9, 270).save(str(tmp_path / "other.json"))
+    with pytest.raises(ShardError, match=r"train was made with another tokenizer than .*other.json"):
+        inspect(prepared, tokenizer=tmp_path / "other.json")

@@ -199,3 +199,39 @@ def test_a_full_disk_is_one_clear_error(source: Path, tmp_path: Path, whole: dic
         merge(tmp_path / "out")
     subprocess.run([*run, str(1 << 30)], env=environment, capture_output=True, check=True)
     TokenShards(tmp_path / "out" / "train").verify()
+
+
+def test_the_rest_of_a_plan_that_is_gone_belongs_to_nothing(
+    source: Path, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(ShardFileWriter, "close", dying(ShardFileWriter.close, 9))
+        prepare_pretrain(tmp_path / "out", str(source), **{**OPTIONS, "seed": 1})
+    (tmp_path / "out" / ".parts" / "plan.json").unlink()  # as a kill in the middle of --overwrite leaves it
+    prepare_pretrain(tmp_path / "out", str(source), **OPTIONS)
+    assert files_of(tmp_path / "out") == whole
+
+
+def test_work_is_not_overwritten_under_a_worker(source: Path, tmp_path: Path, whole: dict[str, bytes]) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(whole["tokenizer.json"])
+    given = {**OPTIONS, "tokenizer": str(tokenizer), "num_workers": 1}
+    work = module.WorkFolder(tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(ShardFileWriter, "close", dying(ShardFileWriter.close, 5))
+        prepare_pretrain(tmp_path / "out", str(source), **given)
+    before = files_of(tmp_path / "out")
+    with work.lock("plan", shared=True), pytest.raises(ShardError, match="another prepare is at work on plan"):
+        prepare_pretrain(tmp_path / "out", str(source), **{**given, "seed": 1, "overwrite": True})
+    assert files_of(tmp_path / "out") == before
+
+
+def test_no_old_split_stands_beside_a_new_one(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_pretrain(tmp_path / "out", str(source), **OPTIONS)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(module.WorkFolder, "_place", dying(module.WorkFolder._place, 1))
+        prepare_pretrain(tmp_path / "out", str(source), **{**OPTIONS, "seed": 1, "overwrite": True})
+    assert (tmp_path / "out" / "train").is_dir()
+    assert not (tmp_path / "out" / "val").exists()
+    prepare_pretrain(tmp_path / "out", str(source), **{**OPTIONS, "seed": 1})
+    TokenShards(tmp_path / "out" / "val").verify()

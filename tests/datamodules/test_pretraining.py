@@ -228,3 +228,12 @@ def test_importing_it_is_light() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ, cwd=ROOT
     )
     assert done.stdout.strip() == "set()"
+
+
+def test_a_flipped_byte_is_mended_by_overwriting(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "out")
+    whole = files_of(tmp_path / "out")
+    path = next((tmp_path / "out" / "train").glob("*.bin"))
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    run(source, tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == whole

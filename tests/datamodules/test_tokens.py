@@ -132,3 +132,23 @@ def test_a_trainer_that_replaces_the_sampler_is_refused(counting: Make) -> None:
     attached(data, cpu(devices=2, strategy="ddp_spawn", use_distributed_sampler=False)).setup("fit")
     with pytest.raises(ValueError, match="overfit_batches would replace the sampler"):
         attached(data, cpu(overfit_batches=1)).setup("fit")
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for split in ("train", "val"):
+            with ShardWriter(tmp_path / name / split, vocab_size=9, eos_id=0, tokenizer_sha256=name * 64) as writer:
+                writer.write([1, 2, 3, 4, 5])
+    first, second = (TokenDataModule(tmp_path / name, seq_len=2, batch_size=2) for name in ("a", "b"))
+    state = {**first._identity(), "epoch": 0, "samples_consumed": 2, "samples_in_all_epochs": 2}
+    first.load_state_dict(state)
+    with pytest.raises(ValueError, match="trained with tokenizer_sha256=aaa"):
+        second.load_state_dict(state)
+
+
+def test_the_tokenizer_lies_beside_the_shards(counting: Make) -> None:
+    data = counting(89, 30)
+    assert TokenDataModule(data, seq_len=4).tokenizer_file is None
+    (data / "tokenizer.json").touch()
+    assert TokenDataModule(data, seq_len=4).tokenizer_file == data / "tokenizer.json"
+    assert TokenDataModule(val_path=data / "val", seq_len=4).tokenizer_file == data / "tokenizer.json"

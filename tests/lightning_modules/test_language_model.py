@@ -253,3 +253,10 @@ def test_the_model_can_be_built_without_memory(config: ModelConfig) -> None:
     with torch.device("meta"):
         module.configure_model()
     assert all(p.is_meta for p in module.parameters())
+
+
+def test_weights_start_in_fp32_whatever_they_were_saved_in(tmp_path: Path, config: ModelConfig) -> None:
+    CausalLM(config).bfloat16().save_pretrained(tmp_path / "half")
+    module = LanguageModel(config, init_from=tmp_path / "half")
+    module.configure_model()
+    assert {p.dtype for p in module.parameters()} == {torch.float32}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rat.checkpoint
 from rat import CausalLM, ModelConfig
+from rat.checkpoint import check_weights
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -166,3 +167,12 @@ def test_another_architecture_than_the_one_given_is_refused(saved: Path, model: 
         CausalLM.from_pretrained(saved, given)
     with pytest.raises(ValueError, match=r"has its own config.json: give a whole ModelConfig"):
         CausalLM.from_pretrained(saved, {"chunk_size": 4})
+
+
+def test_whole_numbers_are_no_weights(make_model: Callable[..., CausalLM], tmp_path: Path) -> None:
+    model = make_model("rat")
+    weights = dict(model.state_dict())
+    expected = {name: x.shape for name, x in weights.items()}
+    weights["norm.weight"] = weights["norm.weight"].long()
+    with pytest.raises(ValueError, match=r"norm.weight holds torch.int64, no floating-point numbers"):
+        check_weights(expected, weights, "a file")

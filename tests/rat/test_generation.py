@@ -296,3 +296,8 @@ def test_bad_input_is_one_error_before_anything_runs(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(rat, call)(**{"prompts": [[1]], "max_new_tokens": 3} | options)
+
+
+def test_the_smallest_temperature_is_greedy() -> None:
+    logits, seen = torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1, 3, dtype=torch.bool)
+    assert Sampling(temperature=1e-300).draw(logits, seen, None).tolist() == [1]

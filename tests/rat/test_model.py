@@ -215,3 +215,13 @@ def test_an_empty_step_is_refused(make_model: Callable[..., CausalLM]) -> None:
     model = make_model("rat")
     with pytest.raises(ValueError, match="input_ids must be"):
         model.step(torch.zeros(1, 0, dtype=torch.long), model.new_state(1))
+
+
+def test_a_state_of_other_rows_is_refused(
+    make_model: Callable[..., CausalLM], random_ids: Callable[..., Tensor]
+) -> None:
+    model = make_model("rat")
+    with pytest.raises(ValueError, match=r"the state has 2 rows, input_ids are \(1, 3\)$"):
+        model.step(random_ids(1, 3), model.new_state(2))
+    with pytest.raises(ValueError, match=r"the state has 2 rows, input_ids are \(2, 3\), lengths \(3,\)"):
+        model.step(random_ids(2, 3), model.new_state(2), torch.tensor([1, 2, 3]))

@@ -140,3 +140,20 @@ def test_a_checkpoint_of_another_model_is_one_line(cli: Cli, tiny: Path, run: Pa
     path = run / "checkpoints" / "last.ckpt"
     result = cli("validate", "--config", tiny, "--ckpt_path", path, "--model.model.d_model", "32")
     one_line(result, "another model than the config: d_model is 16, not 32")
+
+
+def test_predictions_are_a_line_for_each_sequence(cli: Cli, tiny: Path, run: Path) -> None:
+    cli("fit", "--config", tiny)
+    result = cli("predict", "--config", tiny, "--ckpt_path", "last")
+    assert f"predictions: {run / 'predictions.jsonl'}" in result.out
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 31  # the samples of 16 tokens, not the one of padding behind them
+    shown = cli("validate", "--config", tiny, "--ckpt_path", "last").out
+    mean = sum(row["nll"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    loss = next(line for line in shown.splitlines() if "val/loss" in line).split()[1]
+    assert float(loss) == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_no_last_checkpoint_is_one_line(cli: Cli, tiny: Path, command: str) -> None:
+    one_line(cli(command, "--config", tiny, "--ckpt_path", "last"), "this run has no checkpoint yet: fit first")

@@ -243,3 +243,19 @@ def test_another_layout_is_no_released_checkpoint(tmp_path: Path, content: objec
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth is no checkpoint of the released code: no weights under 'task'"):
         CausalLM.from_pretrained(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("odd", [None, torch.zeros(3, 3), torch.zeros(())])
+def test_a_projection_that_is_missing_or_odd_is_named_alone(
+    model: CausalLM, write: Callable, odd: Tensor | None
+) -> None:
+    task = released_names(model)
+    name = "_orig_mod.backbone.layers.0.seq_layer.in_proj.weight"
+    del task[name]
+    if odd is not None:
+        task[name] = odd
+    known = {name: getattr(model.config, name) for name in ("num_heads", "chunk_size", "window_size")}
+    with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.weight is") as caught:
+        CausalLM.from_pretrained(write(task), known)
+    assert "layers.1" not in str(caught.value)
+    assert "layers.2" not in str(caught.value)
