@@ -84,6 +84,8 @@ def prepare_pretrain(
         raise ValueError(f"worker={worker} must lie between 0 and num_workers - 1 = {num_workers - 1}")
     if tokenizer is None and num_workers > 1:
         raise ValueError("several workers need one tokenizer: give --tokenizer")
+    # `datasets` would import torch to stream files, which takes a second and is of no use here
+    os.environ.setdefault("USE_TORCH", "0")
     texts = _open(source, name, subset, text_key, Split(held_out, seed), num_processes)
     plan = Plan(
         made_with={

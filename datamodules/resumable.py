@@ -91,6 +91,7 @@ class ResumableDataModule(LightningDataModule, ABC):
             )
         # Lightning knows only loaders that keep their own position
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
         if stage == "fit" and trainer and trainer.overfit_batches:
             raise ValueError("overfit_batches would replace the sampler: use limit_train_batches, or less data")
 
