@@ -1,5 +1,6 @@
 """Folders that are made whole or not at all, and know what they were made with."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "prepare.json"
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager

@@ -9,7 +9,6 @@
 A merge gives train and val their index and renames them to output/train and output/val.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -24,12 +23,11 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from datamodules.encoding import Encoded
-from datamodules.output_folder import RECORD, differences, is_done
+from datamodules.output_folder import FULL_DISK, RECORD, differences, is_done
 from datamodules.shards import INDEX, ShardError, ShardFile, ShardFileWriter, ShardIndex, TokenShards, shard_dtype
 from datamodules.tokenizer import end_of_text_id, fingerprint, load_tokenizer
 
 SPLITS = ("train", "val")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Plan(NamedTuple):
@@ -217,7 +215,7 @@ class Unit:
             self.done = True
             self._close(open_files, count)
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in FULL_DISK:
                 raise
             raise ShardError(
                 f"the disk of {self._folder.parent} is full: free some space and give the same command again;"

@@ -15,10 +15,10 @@ from lightning_modules.metrics import TokenMean
 from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw
 from lightning_modules.scores import Scores, sequence_scores
 from rat import CausalLM, ModelConfig
+from rat.model import IGNORED
 from rat.ops import set_backend
 
 Batch = dict[str, Tensor]
-IGNORED = -100
 MODEL_CONFIG = "model_config"
 
 

@@ -62,10 +62,10 @@ class RatCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """What the Trainer's method is called with. Raises ValueError where there is no last checkpoint to look at."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        savers = [saver for saver in self.trainer.callbacks if isinstance(saver, ModelCheckpoint)]
-        found = any(saver._find_last_checkpoints(self.trainer) for saver in savers)
-        if subcommand != "fit" and kwargs.get("ckpt_path") == "last" and not found:
-            raise ValueError("--ckpt_path last: this run has no checkpoint yet: fit first, or give a file")
+        if subcommand != "fit" and kwargs.get("ckpt_path") == "last":
+            savers = [saver for saver in self.trainer.callbacks if isinstance(saver, ModelCheckpoint)]
+            if not any(saver._find_last_checkpoints(self.trainer) for saver in savers):
+                raise ValueError("--ckpt_path last: this run has no checkpoint yet: fit first, or give a file")
         return kwargs
 
     def instantiate_classes(self) -> None:

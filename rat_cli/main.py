@@ -1,6 +1,5 @@
 """Which command runs. Its code is imported only once it is chosen, so that light ones start at once."""
 
-import errno
 import importlib
 import os
 import sys
@@ -42,7 +41,6 @@ COMMANDS = {
 }
 
 
-_FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Commands that fill large tensors again and again.
 _COMPUTING = {"fit", "validate", "test", "predict", "generate", "bench layer"}
 
@@ -127,7 +125,9 @@ def _is_the_users(error: Exception) -> bool:
     """Whether bad input is at fault: what our own code refuses on purpose, Lightning's misuse, missing files."""
     if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError):
         return True
-    if isinstance(error, OSError) and error.errno in _FULL_DISK:
+    from datamodules.output_folder import FULL_DISK
+
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         return True
     if type(error).__name__ == "MisconfigurationException":
         return True
