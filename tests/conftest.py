@@ -1,9 +1,15 @@
-"""Shards that several folders of tests train on."""
+"""What several folders of tests share: shards to train on, and Triton kernels that run without a GPU."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+# Read where the kernels are defined, so before anything of `rat` is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from datamodules.shards import ShardWriter
 

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from rat.ops.backend import Backend, select
-from rat.ops.chunk_attention import portable, reference
+from rat.ops.backend import Backend, implementations, select
 from rat.ops.chunk_attention.ends import Ends, find_ends, given_ends, join_ends, regular_ends
 from rat.ops.chunk_scan import check_chunks
 from rat.ops.documents import check_documents, positions, start_indices
+
+_IMPLEMENTATIONS = implementations(__name__, "chunk_attention")
 
 
 def chunk_attention(
@@ -53,7 +54,7 @@ def chunk_attention(
             fresh = positions(batch, length, document_ids, None, k.device)
             found = find_ends(k, v, chunk_size, rope_base, fresh, backend)
             seen = join_ends(seen, found, start_indices(document_ids) == 0)
-    run = select({"reference": reference.chunk_attention, "portable": portable.chunk_attention}, backend)
+    run = select(_IMPLEMENTATIONS, backend, k)
     return run(q, k, v, seen, place // chunk_size, chunk_size, rope_base, regular)
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rat.ops.backend import Backend, select
-from rat.ops.chunk_scan import portable, reference
+from rat.ops.backend import Backend, implementations, select
 from rat.ops.documents import positions
 from rat.ops.gated_scan import Streams, check_scan, past_the_end
+
+_IMPLEMENTATIONS = implementations(__name__, "chunk_scan")
 
 
 def chunk_scan(
@@ -43,7 +44,7 @@ def chunk_scan(
     check_chunks(chunk_size, offset, batch)
     if initial_state is not None and offset is None:
         raise ValueError("initial_state needs offset: how many tokens of each row went before")
-    run = select({"reference": reference.chunk_scan, "portable": portable.chunk_scan}, backend)
+    run = select(_IMPLEMENTATIONS, backend, gate_logits)
     place = positions(batch, length, document_ids, offset, gate_logits.device)
     regular = document_ids is None and offset is None and lengths is None
     frozen = past_the_end(lengths, gate_logits)

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rat.ops.backend import Backend, select
+from rat.ops.backend import Backend, implementations, select
 from rat.ops.documents import check_documents, document_starts
-from rat.ops.gated_scan import portable, reference
 
 Streams = tuple[Tensor, ...]
+_IMPLEMENTATIONS = implementations(__name__, "gated_scan")
 
 
 def gated_scan(
@@ -45,7 +45,7 @@ def gated_scan(
     if document_ids is not None:
         restart = document_starts(document_ids)
         restart[:, 0] = initial_state is None
-    run = select({"reference": reference.gated_scan, "portable": portable.gated_scan}, backend)
+    run = select(_IMPLEMENTATIONS, backend, gate_logits)
     frozen = past_the_end(lengths, gate_logits)
     return run(gate_logits, streams, gate_bias, initial_state, restart, frozen)
 

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from rat.ops.backend import Backend, select
-from rat.ops.rotary import portable, reference
+from rat.ops.backend import Backend, implementations, select
+
+_IMPLEMENTATIONS = implementations(__name__, "rotary")
 
 
 def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: Backend | None = None) -> Tensor:
@@ -21,5 +22,5 @@ def rotary(x: Tensor, positions: Tensor, *, base: float = 10000.0, backend: Back
         raise ValueError(f"rotary needs (B, T, heads, an even d), got {tuple(x.shape)}")
     if positions.shape not in ((x.shape[1],), x.shape[:2]):
         raise ValueError(f"positions {tuple(positions.shape)} fit neither (T,) nor (B, T) of {tuple(x.shape)}")
-    run = select({"reference": reference.rotary, "portable": portable.rotary}, backend)
+    run = select(_IMPLEMENTATIONS, backend, x)
     return run(x, positions, base)

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from rat.ops.backend import Backend, select
+from rat.ops.backend import Backend, implementations, select
 from rat.ops.documents import check_documents
-from rat.ops.sliding_window import portable, reference
+
+_IMPLEMENTATIONS = implementations(__name__, "sliding_window_attention")
 
 
 def sliding_window_attention(
@@ -34,8 +35,5 @@ def sliding_window_attention(
     if window_size is not None and window_size < 1:
         raise ValueError(f"window_size must be at least 1, got {window_size}")
     check_documents(document_ids, *q.shape[:2])
-    implementations = {
-        "reference": reference.sliding_window_attention,
-        "portable": portable.sliding_window_attention,
-    }
-    return select(implementations, backend)(q, k, v, window_size or q.shape[1], document_ids)
+    run = select(_IMPLEMENTATIONS, backend, q)
+    return run(q, k, v, window_size or q.shape[1], document_ids)

@@ -6,25 +6,9 @@ import torch
 
 from rat import ops
 from rat.ops.backend import select
-from rat.ops.chunk_attention import portable as attention_portable
-from rat.ops.chunk_attention import reference as attention_reference
-from rat.ops.chunk_scan import portable as chunk_portable
-from rat.ops.chunk_scan import reference as chunk_reference
-from rat.ops.gated_scan import portable as scan_portable
-from rat.ops.gated_scan import reference as scan_reference
-from rat.ops.rotary import portable as rotary_portable
-from rat.ops.rotary import reference as rotary_reference
-from rat.ops.sliding_window import portable as window_portable
-from rat.ops.sliding_window import reference as window_reference
 
 X = torch.ones(1, 3, 2, 4)
-MODULES = {
-    "gated_scan": (scan_reference, scan_portable),
-    "chunk_scan": (chunk_reference, chunk_portable),
-    "chunk_attention": (attention_reference, attention_portable),
-    "rotary": (rotary_reference, rotary_portable),
-    "sliding_window_attention": (window_reference, window_portable),
-}
+OPS = (gated_scan, chunk_scan, chunk_attention, rotary, sliding_window)
 CALLS: dict[str, Callable[..., object]] = {
     "gated_scan": lambda **which: ops.gated_scan(X[0], [X[0]], **which),
     "chunk_scan": lambda **which: ops.chunk_scan(X[0], [X[0]], chunk_size=2, **which),
