@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rat.ops.backend import Backend, implementations, select
-from rat.ops.chunk_attention.ends import Ends, find_ends, given_ends, join_ends, regular_ends
+from rat.ops.chunk_attention.ends import Ends, find_ends, given_ends, join_ends
 from rat.ops.chunk_scan import check_chunks
 from rat.ops.documents import check_documents, positions, start_indices
 
@@ -43,19 +43,17 @@ def chunk_attention(
     check_chunks(chunk_size, offset, batch)
     check_documents(document_ids, batch, length)
     place = positions(batch, length, document_ids, offset, k.device)
-    regular = document_ids is None and ends is None
-    if regular:
-        seen = regular_ends(k, v, chunk_size, rope_base, place, backend)
-    elif ends is None:
-        seen = find_ends(k, v, chunk_size, rope_base, place, backend)
-    else:
+    seen = None  # rows of one document from its first token on: every L-th token is an end
+    if ends is not None:
         seen = given_ends(*ends, place // chunk_size)
         if document_ids is not None:
             fresh = positions(batch, length, document_ids, None, k.device)
             found = find_ends(k, v, chunk_size, rope_base, fresh, backend)
             seen = join_ends(seen, found, start_indices(document_ids) == 0)
+    elif document_ids is not None:
+        seen = find_ends(k, v, chunk_size, rope_base, place, backend)
     run = select(_IMPLEMENTATIONS, backend, k)
-    return run(q, k, v, seen, place // chunk_size, chunk_size, rope_base, regular)
+    return run(q, k, v, seen, place // chunk_size, chunk_size, rope_base)
 
 
 def _check(

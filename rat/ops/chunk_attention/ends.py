@@ -43,15 +43,17 @@ def find_ends(
 
 
 def regular_ends(
-    k: Tensor, v: Tensor, chunk_size: int, rope_base: float | None, place: Tensor, backend: Backend | None
+    k: Tensor, v: Tensor, chunk: Tensor, chunk_size: int, rope_base: float | None, backend: Backend
 ) -> Ends:
-    """`find_ends` for rows that hold one document each, from its first token on: a strided slice."""
+    """`find_ends` for rows that hold one document each, from its first token on: a strided slice.
+
+    `chunk` (B, T) is the index of each token's chunk.
+    """
     keys, values = k[:, chunk_size - 1 :: chunk_size], v[:, chunk_size - 1 :: chunk_size]
     if rope_base is not None and keys.shape[1]:
         chunks = torch.arange(keys.shape[1], device=k.device)
         keys = rotary(keys, chunks, base=rope_base, backend=backend)
-    last = place // chunk_size
-    return Ends(keys, values, torch.zeros_like(last), last)
+    return Ends(keys, values, torch.zeros_like(chunk), chunk)
 
 
 def given_ends(keys: Tensor, values: Tensor, chunk: Tensor) -> Ends:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rat.ops.chunk_attention.ends import Ends
+from rat.ops.chunk_attention.ends import Ends, regular_ends
 from rat.ops.rotary.portable import angles, turn
 
 # Logits of one block: 4 MiB in fp32 stay in cache between the passes of a softmax.
@@ -29,13 +29,15 @@ def chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ends: Ends,
+    ends: Ends | None,
     chunk: Tensor,
     chunk_size: int,
     rope_base: float | None,
-    regular: bool,
 ) -> Tensor:
-    """As the reference; `regular` says that every row holds one document from its first token on."""
+    """As the reference."""
+    regular = ends is None
+    if ends is None:
+        ends = regular_ends(k, v, chunk, chunk_size, rope_base, "portable")
     keys, values = (x.transpose(1, 2).contiguous() for x in ends[:2])
     span = (chunk[:1], chunk[:1]) if regular else (ends.first, ends.last)
     places = chunk[:1] if regular else chunk

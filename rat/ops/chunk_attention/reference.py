@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rat.ops.chunk_attention.ends import Ends
+from rat.ops.chunk_attention.ends import Ends, regular_ends
 from rat.ops.rotary import reference as rope
 
 
@@ -11,16 +11,18 @@ def chunk_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ends: Ends,
+    ends: Ends | None,
     chunk: Tensor,
     chunk_size: int,
     rope_base: float | None,
-    regular: bool,
 ) -> Tensor:
     """Softmax over q_t . k_j for the chunk ends j that t may see and for t itself, times their values.
 
-    `chunk` (B, T) is the index of each token's chunk in its document; other shapes as in the public function.
+    `chunk` (B, T) is the index of each token's chunk in its document. Without `ends` every row holds one document from
+    its first token on. Other shapes as in the public function.
     """
+    if ends is None:
+        ends = regular_ends(k, v, chunk, chunk_size, rope_base, "reference")
     batch, length, heads, width = k.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     queries = q.to(wide).repeat(1, 1, heads // q.shape[2], 1)
