@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from rat.ops.launch import is_recording
+from rat.ops.launch import Capability, is_recording
 
 Backend = Literal["auto", "reference", "portable", "flex", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -25,11 +25,12 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton decides when a kernel is defined, so that it has to be set before `rat` is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Ampere, the first GPUs with bf16 in their matrix units; the kernels are built and checked from here on.
+OLDEST_GPU: Capability = (8, 0)
 
 F = TypeVar("F", bound=Callable[..., object])
 
 _chosen: Backend = "auto"
-_SIMPLER = {"triton": "flex", "flex": "portable"}
 
 
 def set_backend(backend: Backend) -> None:
@@ -67,18 +68,19 @@ def select(versions: Mapping[str, F], backend: Backend | None, like: Tensor) -> 
     Args:
         versions: of `implementations`.
         backend: the caller's choice.
-        like: one of the inputs; its device decides what can run.
+        like: one of the inputs; its device and dtype decide what can run.
 
     Raises:
         ValueError: the backend is unknown, or cannot run on that device.
     """
     name: str = _check(backend or _chosen)
     if name == "auto":
-        name = "portable" if why_not_triton(like.device) else "triton"
-    elif name == "triton" and (reason := why_not_triton(like.device)):
-        raise ValueError(f"kernel backend triton cannot run: {reason}; choose auto or portable")
-    while name not in versions:
-        name = _SIMPLER[name]
+        name = "portable" if why_auto_avoids_triton(like.device) or like.dtype == torch.float64 else "triton"
+    elif name == "triton":
+        _refuse(why_not_triton(like.device))
+    if name not in versions:
+        # FlexAttention is for GPUs: on a CPU it has no backward, and is what PyTorch does plainly.
+        name = "flex" if name == "triton" and like.device.type == "cuda" and "flex" in versions else "portable"
     return versions[name]
 
 
@@ -86,9 +88,74 @@ def why_not_triton(device: torch.device) -> str | None:
     """What keeps Triton kernels from running on tensors of this device; None if nothing does."""
     if not HAS_TRITON:
         return "the package triton is not installed"
-    if is_recording() or device.type == "cuda" or INTERPRETED:
+    if is_recording() or INTERPRETED:
         return None
-    return f"its kernels need an NVIDIA GPU, and the tensors are on the {device.type}"
+    if device.type != "cuda":
+        return f"its kernels need an NVIDIA GPU, and the tensors are on the {device.type}"
+    found = gpu_capability(device)
+    if found < OLDEST_GPU:
+        have, need = (f"sm_{major}{minor}" for major, minor in (found, OLDEST_GPU))
+        return f"its kernels need {need} or newer, and this GPU is {have}"
+    return None
+
+
+def why_auto_avoids_triton(device: torch.device) -> str | None:
+    """Why `auto` takes PyTorch on this device; None if it takes Triton.
+
+    Triton's interpreter runs kernels a thousand times slower than PyTorch does their work: it has to be asked for.
+    """
+    if INTERPRETED and not is_recording():
+        return "with TRITON_INTERPRET=1 its kernels run in an interpreter"
+    return why_not_triton(device)
+
+
+def describe_backend(device: torch.device, training: bool) -> str:
+    """What the process-wide choice means on this device, and why, in one line.
+
+    Args:
+        device: where the tensors are going to be.
+        training: whether there is going to be a backward pass.
+
+    Raises:
+        ValueError: the choice cannot run there.
+    """
+    if _chosen == "auto":
+        reason = why_auto_avoids_triton(device)
+        if reason:
+            return f"kernel backend auto: portable on {_named(device)}, not triton: {reason}"
+        return f"kernel backend auto: triton on {_named(device)}, the fastest there"
+    if _chosen == "triton":
+        _refuse(why_not_triton(device))
+    if _chosen == "flex" and training:
+        check_flex(device)
+    return f"kernel backend {_chosen} on {_named(device)}, as it was asked for"
+
+
+def check_flex(device: torch.device) -> None:
+    """Raise ValueError if FlexAttention has no backward pass for tensors of this device."""
+    if device.type != "cuda":
+        raise ValueError(
+            f"kernel backend flex cannot train: FlexAttention has no backward pass on the {device.type};"
+            " choose auto or portable, or an NVIDIA GPU"
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def gpu_capability(device: torch.device) -> Capability:
+    """Compute capability of a GPU; a constant to torch.compile."""
+    return torch.cuda.get_device_capability(device)
+
+
+def _named(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"the {device.type}"
+    major, minor = gpu_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+
+
+def _refuse(reason: str | None) -> None:
+    if reason:
+        raise ValueError(f"kernel backend triton cannot run: {reason}; choose auto or portable")
 
 
 def _check(backend: Backend) -> Backend:
