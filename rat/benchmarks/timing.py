@@ -1,39 +1,124 @@
-"""Fair timings on a noisy machine: candidates take turns, and medians are compared."""
+"""Fair timings on a noisy machine: candidates take turns, and medians of whole rounds are compared.
 
+The statistics are those of `torch.utils.benchmark.Measurement`. Its `Timer` measures one statement after the other,
+so that a machine that slows down half-way looks like a slow statement; hence the rounds.
+"""
+
+import math
 import platform
-import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.utils.benchmark import Measurement, TaskSpec
+from tqdm import tqdm
+
+# A turn that would be shorter repeats its work, so that neither the clock nor starting a kernel decides.
+SHORTEST_TURN = 0.01
+MOST_RUNS = 1000
+# A first run that took longer is not made again to learn how long it takes once everything is compiled and loaded.
+PATIENCE = 10.0
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each candidate; all of them run once a round, so that drift hits them alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_ in range(repeats + 1):
+class Rates(NamedTuple):
+    """What the machine can do at best, as measured in the same run as everything beside it."""
+
+    flops_per_second: float  # of a square matrix product in the dtype asked for
+    bytes_per_second: float  # of a copy that fits in no cache, read and written bytes together
+
+    def __str__(self) -> str:
+        computing, moving = self.flops_per_second / 1e9, self.bytes_per_second / 1e9
+        return f"matrix products at {computing:.0f} GFLOP/s, copies at {moving:.1f} GB/s"
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str = ""
+) -> dict[str, Measurement]:
+    """Seconds of each candidate once it is warm; all take one turn a round, so that drift hits them alike.
+
+    Args:
+        candidates: what to run, by name.
+        repeats: rounds that count.
+        device: waited for at both ends of a turn.
+        label: names the work beside the progress bar, which only terminals see.
+
+    Returns:
+        `median`, `iqr` (the distance of the quartiles) and `times` of every candidate, per run.
+    """
+    turns: dict[str, list[float]] = {name: [] for name in candidates}
+    total = (repeats + 1) * len(candidates)
+    with tqdm(desc=label, total=total, leave=False, disable=None, delay=1) as bar:
+        runs = {}
         for name, run in candidates.items():
-            _wait(device)
-            start = time.perf_counter()
-            run()
-            _wait(device)
-            if round_:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            runs[name] = _runs_of_a_turn(run, device)
+            bar.update()
+        for _ in range(repeats):
+            for name, run in candidates.items():
+                turns[name].append(_seconds(run, runs[name], device))
+                bar.update()
+    return {name: Measurement(runs[name], seconds, TaskSpec(name, "")) for name, seconds in turns.items()}
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of a square matrix product."""
+def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
+    """The machine's rates of computing and of moving, to compare everything else with."""
+    return Rates(gemm_rate(dtype, device), copy_rate(device))
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product, of 2048 rows on a CPU and of 8192 elsewhere."""
+    size = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = interleaved({"gemm": lambda: a @ b}, 5, device)["gemm"]
-    return 2 * size**3 / seconds
+    return 2 * size**3 / interleaved({"gemm": lambda: a @ b}, 5, device)["gemm"].median
+
+
+def copy_rate(device: torch.device, num_bytes: int = 1 << 28) -> float:
+    """Bytes per second of a copy, what is read and what is written counted both."""
+    source = torch.ones(num_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / interleaved({"copy": lambda: target.copy_(source)}, 5, device)["copy"].median
 
 
 def machine(device: torch.device) -> str:
+    """What the figures were measured on, in a line."""
+    facts = machine_facts(device)
+    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    return f"{facts['processor']}{threads}, torch {facts['torch']}"
+
+
+def machine_facts(device: torch.device) -> dict[str, str | int]:
     """What the figures were measured on."""
+    facts: dict[str, str | int] = {"device": str(device), "python": platform.python_version()}
+    facts |= {"torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}"}
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        return facts | {"processor": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+    return facts | {"processor": f"{_processor()} CPU", "threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The name that the system gives the CPU."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _runs_of_a_turn(run: Callable[[], object], device: torch.device) -> int:
+    """Warm up, and see how often the work fits in the shortest turn."""
+    seconds = _seconds(run, 1, device)
+    if seconds < PATIENCE:
+        seconds = _seconds(run, 1, device)
+    return max(1, min(MOST_RUNS, math.ceil(SHORTEST_TURN / max(seconds, 1e-9))))
+
+
+def _seconds(run: Callable[[], object], count: int, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:

@@ -4,14 +4,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.benchmark import Measurement, TaskSpec
 
 from rat.benchmarks import timing
 
 CPU = torch.device("cpu")
 
 
-def test_candidates_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = [0.0], []
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in its only entry."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_candidates_take_turns_and_warming_up_does_not_count(clock: list[float]) -> None:
+    order = []
 
     def lasts(name: str, *seconds: float) -> Callable[[], None]:
         rest = list(seconds)
@@ -22,21 +31,46 @@ def test_candidates_take_turns_and_the_first_round_does_not_count(monkeypatch: p
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    medians = timing.interleaved({"a": lasts("a", 90, 1, 7, 2), "b": lasts("b", 0, 5, 5, 60)}, 3, CPU)
-    assert order == ["a", "b"] * 4
-    assert medians == {"a": 2, "b": 5}
+    measured = timing.interleaved({"a": lasts("a", 90, 1, 7, 2), "b": lasts("b", 0, 5, 5, 6, 60)}, 3, CPU)
+    assert order == ["a", "b", "b"] + ["a", "b"] * 3, "who took long to warm up does so once"
+    assert {name: time.times for name, time in measured.items()} == {"a": [1, 7, 2], "b": [5, 6, 60]}
+    assert {name: time.median for name, time in measured.items()} == {"a": 2, "b": 6}
+    assert measured["a"].iqr == 3, "from 1.5 to 4.5"
+
+
+def test_short_work_is_repeated_within_a_turn(clock: list[float]) -> None:
+    calls = []
+
+    def run() -> None:
+        calls.append(clock[0])
+        clock[0] += 0.004
+
+    measured = timing.interleaved({"short": run}, 2, CPU)["short"]
+    assert len(calls) == 2 + 2 * 3, "10 ms take three runs of 4 ms"
+    assert measured.times == pytest.approx([0.004, 0.004])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_rate_of_matrix_products_is_their_arithmetic_over_their_time(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
+def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     assert timing.gemm_rate(dtype, CPU, size=16) > 0
-    monkeypatch.setattr(timing, "interleaved", lambda candidates, repeats, device: dict.fromkeys(candidates, 0.5))
+    assert timing.copy_rate(CPU, num_bytes=64) > 0
+
+    def half_a_second(candidates: dict[str, Callable[[], object]], *_: object) -> dict[str, Measurement]:
+        for run in candidates.values():
+            run()
+        return {name: Measurement(1, [0.5], TaskSpec(name, "")) for name in candidates}
+
+    monkeypatch.setattr(timing, "interleaved", half_a_second)
     assert timing.gemm_rate(dtype, CPU, size=10) == 2 * 10**3 / 0.5
+    assert timing.copy_rate(CPU, num_bytes=400) == 2 * 400 / 0.5
+    rates = timing.Rates(gemm := 3e9, 2.5e9)
+    assert rates.flops_per_second == gemm
+    assert str(rates) == "matrix products at 3 GFLOP/s, copies at 2.5 GB/s"
 
 
 def test_the_machine_is_described() -> None:
-    assert torch.__version__ in timing.machine(CPU)
-    assert f"{torch.get_num_threads()} threads" in timing.machine(CPU)
+    facts = timing.machine_facts(CPU)
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    line = timing.machine(CPU)
+    assert line == f"{facts['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
