@@ -127,12 +127,17 @@ def describe_backend(device: torch.device, training: bool) -> str:
     if _chosen == "triton":
         _refuse(why_not_triton(device))
     if _chosen == "flex" and training:
-        check_flex(device)
+        _refuse_flex(device)
     return f"kernel backend {_chosen} on {_named(device)}, as it was asked for"
 
 
-def check_flex(device: torch.device) -> None:
-    """Raise ValueError if FlexAttention has no backward pass for tensors of this device."""
+def check_flex(*inputs: Tensor) -> None:
+    """Raise ValueError if these inputs want gradients on a device where FlexAttention has no backward pass."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        _refuse_flex(inputs[0].device)
+
+
+def _refuse_flex(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
             f"kernel backend flex cannot train: FlexAttention has no backward pass on the {device.type};"
