@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
-from rat.ops import chunk_attention, chunk_scan, rotary
+from rat.ops import chunk_attention, chunk_decode, chunk_scan, rotary
+from rat.ops.chunk_decode import needs_gradient
 
 
 class RAT(GatedMixer):
@@ -67,8 +68,39 @@ class RAT(GatedMixer):
         )
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
-        """See `Mixer.step`."""
+        """See `Mixer.step`. One token for every row, with no gradient to keep, takes the short way."""
         z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
+        if x.shape[1] == 1 and lengths is None and not needs_gradient(v, self.gate_bias, *state.tensors.values()):
+            mixed = self._decode(v, gate_logits, q, k, state)
+        else:
+            mixed = self._extend(v, gate_logits, q, k, state, lengths)
+        state.advance(x.shape[1], lengths)
+        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
+
+    def _decode(self, v: Tensor, gate_logits: Tensor, q: Tensor, k: Tensor, state: LayerState) -> Tensor:
+        """The heads' outputs (B, 1, H, d) for one token of every row; the state but for its lengths."""
+        state.reserve(state.longest // self.chunk_size + 1, "end_keys", "end_values")
+        mixed = chunk_decode(
+            gate_logits[:, 0],
+            self.heads(q[:, 0]),
+            k[:, 0],
+            v[:, 0],
+            gate_bias=self.gate_bias,
+            value_state=state.tensors["value"],
+            key_state=state.tensors["key"],
+            end_keys=state.tensors["end_keys"],
+            end_values=state.tensors["end_values"],
+            lengths=state.lengths,
+            longest=state.longest,
+            chunk_size=self.chunk_size,
+            rope_base=self.rope_base,
+        )
+        return mixed[:, None]
+
+    def _extend(
+        self, v: Tensor, gate_logits: Tensor, q: Tensor, k: Tensor, state: LayerState, lengths: Tensor | None
+    ) -> Tensor:
+        """The heads' outputs (B, T, H, d) for any number of tokens; the state but for its lengths."""
         begun = state.longest > 0
         (v, k), (state.tensors["value"], state.tensors["key"]) = chunk_scan(
             gate_logits,
@@ -81,9 +113,9 @@ class RAT(GatedMixer):
         )
         q, k, v = self.heads(q), self.heads(k), self.heads(v)
         self._write_ends(k, v, state, lengths)
-        seen = -(-(state.longest + x.shape[1]) // self.chunk_size)
+        seen = -(-(state.longest + q.shape[1]) // self.chunk_size)
         ends = tuple(state.tensors[n][:, :, :seen].transpose(1, 2).to(k.dtype) for n in ("end_keys", "end_values"))
-        mixed = chunk_attention(
+        return chunk_attention(
             q,
             k,
             v,
@@ -92,8 +124,6 @@ class RAT(GatedMixer):
             offset=state.lengths if begun else None,
             ends=(ends[0], ends[1]) if begun else None,
         )
-        state.advance(x.shape[1], lengths)
-        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
 
     def _write_ends(self, k: Tensor, v: Tensor, state: LayerState, lengths: Tensor | None) -> None:
         """Put the latest token of each chunk touched in the chunk's slot, (B, T, H, d) -> (B, H, E, d).

@@ -2,6 +2,7 @@
 
 from rat.ops.backend import BACKENDS, Backend, get_backend, set_backend, use_backend
 from rat.ops.chunk_attention import chunk_attention
+from rat.ops.chunk_decode import chunk_decode
 from rat.ops.chunk_scan import chunk_scan
 from rat.ops.gated_scan import gated_scan
 from rat.ops.rotary import rotary
@@ -11,6 +12,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "chunk_attention",
+    "chunk_decode",
     "chunk_scan",
     "gated_scan",
     "get_backend",
