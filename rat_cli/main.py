@@ -33,7 +33,8 @@ COMMANDS = {
     "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
-    "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "train step of the layers, side by side"),
+    "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "time layers: training, prefill, decoding; floors"),
+    "bench memory": Command("rat.benchmarks.memory:memory_benchmark", "bytes of layers: kept, at most, in the cache"),
     "bench prepare": Command(
         "datamodules.prepare_benchmark:prepare_throughput", "tokens/s and memory of prepare pretrain"
     ),

@@ -5,9 +5,10 @@ from typing import Literal, get_args
 
 import torch
 
-from rat.benchmarks.footprint import available_bytes
+from rat.benchmarks.footprint import available_bytes, kept_bytes
 from rat.benchmarks.masked import MaskedRAT, ScoresRAT, SdpaRAT
 from rat.benchmarks.options import one_of
+from rat.benchmarks.steps import random_input
 from rat.config import MixerName, ModelConfig
 from rat.initialization import initialize
 from rat.layers import Mixer
@@ -67,3 +68,9 @@ def too_large(layer: Mixer, batch_size: int, seq_len: int, train: bool, device: 
     if needed <= 0.8 * free:
         return None
     return f"its mask and scores would take about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+
+
+def kept_for_backward(layer: Mixer, batch_size: int, seq_len: int) -> int:
+    """Bytes that a full pass over B rows of T tokens keeps for its backward, its input included."""
+    x = random_input(layer, batch_size, seq_len).requires_grad_()
+    return kept_bytes(lambda: layer(x), [x], layer.parameters())

@@ -8,16 +8,17 @@ from typing import Any, get_args
 import torch
 from torch.utils.benchmark import Measurement
 
-from rat.benchmarks.contenders import Contender, backend_of, layer_config, make_layer, too_large
+from rat.benchmarks.contenders import Contender, backend_of, kept_for_backward, layer_config, make_layer, too_large
 from rat.benchmarks.floors import Mode, work
-from rat.benchmarks.footprint import is_out_of_memory, kept_bytes
+from rat.benchmarks.footprint import is_out_of_memory
 from rat.benchmarks.masked import MaskedRAT
-from rat.benchmarks.options import Dtype, explain_backend, one_of, place, positive, precision
+from rat.benchmarks.options import Dtype, one_of, place, positive, precision
 from rat.benchmarks.report import Report, Row, plot_lines
-from rat.benchmarks.steps import Step, make_step, random_input
+from rat.benchmarks.steps import Step, make_step
 from rat.benchmarks.timing import Rates, interleaved, machine, measure_rates
 from rat.layers import Mixer
 from rat.ops import Backend, use_backend
+from rat.ops.backend import describe_backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def layer_benchmark(
     config = layer_config(
         mixers, d_model=d_model, d_head=d_head, chunk_size=chunk_size, num_groups=num_groups, window_size=window_size
     )
-    explained = explain_backend(backend, where, "train" in modes)
+    explained = describe_backend(backend, where, "train" in modes)
     with Report("layer", output, options, where) as report:
         layers: dict[str, Mixer] = {name: make_layer(name, config, kind, where) for name in mixers}
         rates = measure_rates(kind, where)
@@ -172,9 +173,13 @@ class _Race:
             iqr_milliseconds=1e3 * time.iqr,
             speedup=yardstick.median / time.median if yardstick else None,
             times_floor=time.median / floor.seconds,
-            kept_bytes=kept_by(name, layer, self.backend, self.batch_size, seq_len) if mode == "train" else None,
+            kept_bytes=self._kept(name, seq_len) if mode == "train" else None,
             seconds=list(time.times),
         )
+
+    def _kept(self, name: str, seq_len: int) -> int:
+        with use_backend(backend_of(name, self.backend)):
+            return kept_for_backward(self.layers[name], self.batch_size, seq_len)
 
 
 def _why_not(layer: Mixer, mode: Mode, batch_size: int, seq_len: int, device: torch.device) -> str | None:
@@ -198,13 +203,6 @@ def _guarded(name: str, backend: Backend, step: Step, skipped: dict[str, str]) -
             skipped[name] = "out of memory"
 
     return run
-
-
-def kept_by(name: str, layer: Mixer, backend: Backend, batch_size: int, seq_len: int) -> int:
-    """Bytes that a contender keeps for the backward, its input included."""
-    x = random_input(layer, batch_size, seq_len).requires_grad_()
-    with use_backend(backend_of(name, backend)):
-        return kept_bytes(lambda: layer(x), [x], layer.parameters())
 
 
 def growth(table: Sequence[LayerTiming], layers: Mapping[str, Mixer]) -> Iterator[Growth]:

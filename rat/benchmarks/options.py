@@ -5,9 +5,6 @@ from typing import Literal, get_args
 
 import torch
 
-from rat.ops import Backend, use_backend
-from rat.ops.backend import describe_backend
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -27,12 +24,6 @@ def precision(dtype: str) -> torch.dtype:
     """The dtype of a name. Raises ValueError for one that no layer is measured in."""
     one_of("dtype", [dtype], get_args(Dtype))
     return getattr(torch, dtype)
-
-
-def explain_backend(backend: Backend, device: torch.device, training: bool) -> str:
-    """What `backend` comes to on this device, in a line. Raises ValueError where it cannot run there."""
-    with use_backend(backend):
-        return describe_backend(device, training)
 
 
 def one_of(what: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -96,13 +96,14 @@ def plot_lines(ax: Any, rows: Sequence[Row], y: str, *, title: str, ylabel: str,
     """A line for each contender over T on log-log axes, and a dotted one for its floor where there is one."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    for name in dict.fromkeys(row["contender"] for row in rows):
+    for depth, name in enumerate(dict.fromkeys(row["contender"] for row in rows)):
         mine = [row for row in rows if row["contender"] == name and row[y] is not None]
         lengths = [row["seq_len"] for row in mine]
         if mine:
-            ax.plot(lengths, [row[y] for row in mine], marker="o", markersize=4, color=color(name), label=name)
+            look: Any = {"color": color(name), "zorder": 3 - depth / 100}  # the first lies on top
+            ax.plot(lengths, [row[y] for row in mine], marker="o", markersize=4, label=name, **look)
             if floor is not None:
-                ax.plot(lengths, [row[floor] for row in mine], linestyle=":", linewidth=1, color=color(name))
+                ax.plot(lengths, [row[floor] for row in mine], linestyle=":", linewidth=1, **look)
     ticks = sorted({row["seq_len"] for row in rows})
     ax.set(xscale="log", yscale="log", title=title, xlabel="T, tokens", ylabel=ylabel)
     ax.set_xticks(ticks, [tokens(length) for length in ticks])

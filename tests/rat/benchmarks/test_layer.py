@@ -146,7 +146,6 @@ def test_what_memory_does_not_suffice_for_is_skipped_and_said(
     bench: Callable[..., list[layer.LayerTiming]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(contenders, "available_bytes", lambda device: 10_000)
-    monkeypatch.setattr(layer, "kept_bytes", lambda *_: 7)
     kind = type(make_mixer("attention"))
 
     def full(*_: object) -> None:
