@@ -1,11 +1,13 @@
 """The LightningModule for language modelling."""
 
+import functools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -16,7 +18,7 @@ from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, ada
 from lightning_modules.scores import Scores, sequence_scores
 from rat import CausalLM, ModelConfig
 from rat.model import IGNORED
-from rat.ops import set_backend
+from rat.ops.backend import Backend, describe_backend, set_backend
 
 Batch = dict[str, Tensor]
 MODEL_CONFIG = "model_config"
@@ -41,7 +43,8 @@ class LanguageModel(LightningModule):
             it and the data module's `batch_size`. null leaves the Trainer's accumulation as it is.
         val_every_n_steps: optimiser steps between two validations. null leaves the Trainer's val_check_interval,
             which counts micro batches, so that it means something else on another number of devices.
-        kernel_backend: which implementation of `rat.ops` runs.
+        kernel_backend: which implementation of `rat.ops` runs; auto takes the fastest that the device can, and the log
+            says which.
         compile: compile the model with torch.compile.
         activation_checkpointing: keep only each block's input for the backward pass and compute the rest again.
         init_from: a folder of `save_pretrained` or a released .pth, whose weights training starts from.
@@ -49,8 +52,8 @@ class LanguageModel(LightningModule):
             micro batch: meant for data in which few count, like answers.
 
     Raises:
-        ValueError: in setup, if the data's vocabulary does not fit the model's, or batch_size not global_batch_size;
-            on loading, if a checkpoint holds another architecture.
+        ValueError: in setup, if the kernel backend cannot run on the device, the data's vocabulary does not fit the
+            model's, or batch_size not global_batch_size; on loading, if a checkpoint holds another architecture.
     """
 
     flops_per_batch: int
@@ -61,7 +64,7 @@ class LanguageModel(LightningModule):
         optimizer: OptimizerConfig = PAPER,
         global_batch_size: int | None = None,
         val_every_n_steps: int | None = None,
-        kernel_backend: Literal["auto", "reference", "portable"] = "auto",
+        kernel_backend: Backend = "auto",
         compile: bool = False,
         activation_checkpointing: bool = False,
         init_from: Path | None = None,
@@ -83,7 +86,8 @@ class LanguageModel(LightningModule):
         self.accuracies = nn.ModuleDict({f"{stage}/{name}": TokenMean() for stage in ("val", "test") for name in names})
 
     def setup(self, stage: str) -> None:
-        """Check the data against the model, and turn the global batch into accumulation."""
+        """Check device and data against the model, and turn the global batch into accumulation."""
+        _say_once(describe_backend(self.kernel_backend, self.trainer.strategy.root_device, training=stage == "fit"))
         set_backend(self.kernel_backend)
         data = getattr(self.trainer, "datamodule", None)
         vocab_size = getattr(data, "vocab_size", None)
@@ -227,3 +231,9 @@ class LanguageModel(LightningModule):
 
     def _data_parallel_size(self) -> int:
         return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Log the line, unless this process has done so before."""
+    rank_zero_info(line)

@@ -11,6 +11,7 @@ from datamodules.tokenizer import end_of_text_id, load_tokenizer
 from lightning_modules.callbacks import AtomicCheckpointIO
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import check_weights
+from rat.ops.backend import Backend, describe_backend, set_backend
 
 # Where the model stands in a checkpoint of Lightning.
 _PREFIX = "model."
@@ -30,6 +31,7 @@ def generate(
     stop_at_end_of_text: bool = True,
     seed: int = 0,
     device: str = "cpu",
+    kernel_backend: Backend = "auto",
 ) -> None:
     """Continue prompts with a trained model; a single one is printed as it comes.
 
@@ -47,12 +49,16 @@ def generate(
         stop_at_end_of_text: end where the model ends its document.
         seed: of the draws.
         device: cpu, cuda or cuda:N.
+        kernel_backend: which implementation of `rat.ops` runs; auto takes the fastest that the device can.
 
     Raises:
         FileNotFoundError: no such checkpoint, prompts or tokenizer.
-        ValueError: no prompt, an empty one, files that do not fit each other, or no such device.
+        ValueError: no prompt, an empty one, files that do not fit each other, no such device, or a backend that it
+            cannot run.
     """
     _check_device(device)
+    describe_backend(kernel_backend, torch.device(device), training=False)
+    set_backend(kernel_backend)
     texts = _prompts(prompt, prompts_file)
     vocabulary = load_tokenizer(_tokenizer_beside(checkpoint) if tokenizer is None else tokenizer)
     model = load_model(checkpoint, architecture).to(device).eval()

@@ -109,26 +109,27 @@ def why_auto_avoids_triton(device: torch.device) -> str | None:
     return why_not_triton(device)
 
 
-def describe_backend(device: torch.device, training: bool) -> str:
-    """What the process-wide choice means on this device, and why, in one line.
+def describe_backend(backend: Backend, device: torch.device, training: bool) -> str:
+    """What a choice means on this device, and why, in one line.
 
     Args:
+        backend: the choice.
         device: where the tensors are going to be.
         training: whether there is going to be a backward pass.
 
     Raises:
         ValueError: the choice cannot run there.
     """
-    if _chosen == "auto":
+    if _check(backend) == "auto":
         reason = why_auto_avoids_triton(device)
         if reason:
             return f"kernel backend auto: portable on {_named(device)}, not triton: {reason}"
         return f"kernel backend auto: triton on {_named(device)}, the fastest there"
-    if _chosen == "triton":
+    if backend == "triton":
         _refuse(why_not_triton(device))
-    if _chosen == "flex" and training:
+    if backend == "flex" and training:
         _refuse_flex(device)
-    return f"kernel backend {_chosen} on {_named(device)}, as it was asked for"
+    return f"kernel backend {backend} on {_named(device)}, as it was asked for"
 
 
 def check_flex(*inputs: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The LightningModule in a real Trainer: what it logs, weighs, accumulates, saves and refuses."""
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_modules import LanguageModel, OptimizerConfig
+from lightning_modules import LanguageModel, OptimizerConfig, language_model
 from lightning_modules.schedule import learning_rate
-from rat import CausalLM, ModelConfig
+from rat import CausalLM, ModelConfig, ops
 
 Make = Callable[..., Trainer]
 Data = Callable[..., LightningDataModule]
@@ -157,6 +158,36 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:  # fmt: skip
     with pytest.raises(ValueError, match=message):
         make_trainer().fit(LanguageModel(config, **options), ragged(**data))
+
+
+@pytest.mark.parametrize(
+    ("backend", "reason"),
+    [
+        ("triton", "triton cannot run: its kernels need an NVIDIA GPU"),
+        ("flex", "flex cannot train: FlexAttention has no"),
+    ],
+)
+def test_a_backend_that_cannot_train_here_is_refused_before_anything_is_built(
+    config: ModelConfig, ragged: Data, make_trainer: Make, backend: ops.Backend, reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(ops.backend, "INTERPRETED", False)
+    module = LanguageModel(config, kernel_backend=backend)
+    with pytest.raises(ValueError, match=reason):
+        make_trainer().fit(module, ragged())
+    assert module.model is None
+    assert ops.get_backend() == "auto"
+
+
+def test_the_log_says_once_which_backend_runs(
+    config: ModelConfig, ragged: Data, make_trainer: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    language_model._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        for backend in ("auto", "portable", "auto"):
+            make_trainer(max_steps=1).fit(LanguageModel(config, kernel_backend=backend), ragged())
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("kernel backend")]
+    assert [line[:27] for line in said] == ["kernel backend auto: portab", "kernel backend portable on "]
 
 
 def test_a_schedule_without_an_end_is_refused(config: ModelConfig, ragged: Data, make_trainer: Make) -> None:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 
 from datamodules.tokenizer import load_tokenizer, train_tokenizer
 from lightning_modules import LanguageModel
-from rat import CausalLM, ModelConfig
+from rat import CausalLM, ModelConfig, ops
 from rat_cli.generate import decoded
 
 Cli = Callable[..., Any]
@@ -105,6 +105,18 @@ def test_options_come_from_a_file_too(cli: Cli, saved: Path, tmp_path: Path) -> 
     (tmp_path / "options.yaml").write_text("{temperatur: 0}")
     result = cli("generate", "--config", tmp_path / "options.yaml", "--checkpoint", saved, "--prompt", "more")
     assert (result.code, "unknown key temperatur, did you mean temperature?" in result.err) == (2, True)
+
+
+def test_the_backend_is_chosen(cli: Cli, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["generate", "--checkpoint", saved, "--prompt", "some words", *GREEDY, "--kernel_backend"]
+    with ops.use_backend("auto"):
+        result = cli(*asked, "reference")
+        assert ops.get_backend() == "reference"
+    assert (result.code, result.out) == (0, expected(saved, "some words")[0] + "\n")
+    monkeypatch.setattr(ops.backend, "INTERPRETED", False)
+    result = cli(*asked, "triton")
+    assert (result.code, "kernel backend triton cannot run: its kernels need an NVIDIA" in result.err) == (1, True)
+    assert ops.get_backend() == "auto"
 
 
 @pytest.mark.parametrize(

@@ -142,25 +142,23 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason_and_the_fix(
     message = rf"kernel backend triton cannot run: .*{reason}; choose auto or portable"
     with pytest.raises(ValueError, match=message):
         select(VERSIONS, "triton", like)
-    with pytest.raises(ValueError, match=message), ops.use_backend("triton"):
-        describe_backend(device, training=True)
+    with pytest.raises(ValueError, match=message):
+        describe_backend("triton", device, training=True)
     assert select(VERSIONS, "auto", like) == "portable"
-    assert reason in describe_backend(device, training=True)
+    assert reason in describe_backend("auto", device, training=True)
 
 
 def test_what_was_chosen_is_described_with_the_reason(gpu: Callable[..., torch.Tensor]) -> None:
     gpu(9, 0)
-    assert describe_backend(GPU, True) == "kernel backend auto: triton on Some GPU (sm_90), the fastest there"
-    assert describe_backend(CPU, True).startswith(
-        "kernel backend auto: portable on the cpu, not triton: its kernels ne"
+    assert describe_backend("auto", GPU, True) == "kernel backend auto: triton on Some GPU (sm_90), the fastest there"
+    assert describe_backend("auto", CPU, True).startswith(
+        "kernel backend auto: portable on the cpu, not triton: its ker"
     )
-    with ops.use_backend("portable"):
-        assert describe_backend(CPU, True) == "kernel backend portable on the cpu, as it was asked for"
-    with ops.use_backend("flex"):
-        assert describe_backend(GPU, True) == "kernel backend flex on Some GPU (sm_90), as it was asked for"
-        assert describe_backend(CPU, False) == "kernel backend flex on the cpu, as it was asked for"
-        with pytest.raises(ValueError, match="flex cannot train: FlexAttention has no backward pass on the cpu"):
-            describe_backend(CPU, True)
+    assert describe_backend("portable", CPU, True) == "kernel backend portable on the cpu, as it was asked for"
+    assert describe_backend("flex", GPU, True) == "kernel backend flex on Some GPU (sm_90), as it was asked for"
+    assert describe_backend("flex", CPU, False) == "kernel backend flex on the cpu, as it was asked for"
+    with pytest.raises(ValueError, match="flex cannot train: FlexAttention has no backward pass on the cpu"):
+        describe_backend("flex", CPU, True)
 
 
 def test_the_choice_is_a_constant_to_torch_compile(gpu: Callable[..., torch.Tensor]) -> None:
@@ -173,6 +171,7 @@ def test_the_choice_is_a_constant_to_torch_compile(gpu: Callable[..., torch.Tens
     "choose",
     [
         ops.set_backend,
+        lambda name: describe_backend(name, CPU, True),
         lambda name: ops.use_backend(name).__enter__(),
         lambda name: select({"reference": print, "portable": print}, name, X),
         *[lambda name, call=call: call(backend=name) for call in CALLS.values()],
