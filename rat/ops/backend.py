@@ -1,10 +1,10 @@
 """Which implementation of an operation runs.
 
 The folder of an operation holds the same function several times: `reference` (executable mathematics), `portable`
-(PyTorch at full speed on any device), and, where it pays, `flex` (PyTorch's FlexAttention) and `triton` (our
-kernels). A call may name one; otherwise the process-wide choice of `set_backend` holds, and `auto` takes the fastest
-that can run. An operation without the version that was asked for takes the next simpler one: there is no Triton
-version of what FlexAttention or plain PyTorch does as well.
+(PyTorch at full speed on any device), and, where it pays, `native` (our kernels for CPUs), `flex` (PyTorch's
+FlexAttention) and `triton` (our kernels for GPUs). A call may name one; otherwise the process-wide choice of
+`set_backend` holds, and `auto` takes the fastest that can run. An operation without the version that was asked for
+takes the next simpler one: there is no Triton version of what FlexAttention or plain PyTorch does as well.
 """
 
 import importlib
@@ -17,9 +17,10 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from rat.ops import native
 from rat.ops.launch import Capability, is_recording
 
-Backend = Literal["auto", "reference", "portable", "flex", "triton"]
+Backend = Literal["auto", "reference", "portable", "native", "flex", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -75,13 +76,30 @@ def select(versions: Mapping[str, F], backend: Backend | None, like: Tensor) -> 
     """
     name: str = _check(backend or _chosen)
     if name == "auto":
-        name = "portable" if why_auto_avoids_triton(like.device) or like.dtype == torch.float64 else "triton"
+        name = _fastest(like.device) if like.dtype != torch.float64 else "portable"
     elif name == "triton":
-        _refuse(why_not_triton(like.device))
+        _refuse(name, why_not_triton(like.device))
+    elif name == "native":
+        _refuse(name, why_not_native(like.device))
     if name not in versions:
         # FlexAttention is for GPUs: on a CPU it has no backward, and is what PyTorch does plainly.
         name = "flex" if name == "triton" and like.device.type == "cuda" and "flex" in versions else "portable"
     return versions[name]
+
+
+def _fastest(device: torch.device) -> Backend:
+    """What `auto` stands for on this device."""
+    if why_auto_avoids_triton(device) is None:
+        return "triton"
+    return "portable" if why_not_native(device) else "native"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def why_not_native(device: torch.device) -> str | None:
+    """What keeps the CPU kernels from running on tensors of this device; None if nothing does."""
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, and the tensors are on the {device.type}"
+    return native.why_not_native()
 
 
 def why_not_triton(device: torch.device) -> str | None:
@@ -121,12 +139,17 @@ def describe_backend(backend: Backend, device: torch.device, training: bool) -> 
         ValueError: the choice cannot run there.
     """
     if _check(backend) == "auto":
-        reason = why_auto_avoids_triton(device)
-        if reason:
-            return f"kernel backend auto: portable on {_named(device)}, not triton: {reason}"
-        return f"kernel backend auto: triton on {_named(device)}, the fastest there"
+        fastest = _fastest(device)
+        reason = "the fastest there"
+        if fastest == "portable" and device.type == "cpu":
+            reason = f"not native: {why_not_native(device)}"
+        elif fastest == "portable":
+            reason = f"not triton: {why_auto_avoids_triton(device)}"
+        return f"kernel backend auto: {fastest} on {_named(device)}, {reason}"
     if backend == "triton":
-        _refuse(why_not_triton(device))
+        _refuse(backend, why_not_triton(device))
+    if backend == "native":
+        _refuse(backend, why_not_native(device))
     if backend == "flex" and training:
         _refuse_flex(device)
     return f"kernel backend {backend} on {_named(device)}, as it was asked for"
@@ -159,9 +182,9 @@ def _named(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
 
 
-def _refuse(reason: str | None) -> None:
+def _refuse(backend: Backend, reason: str | None) -> None:
     if reason:
-        raise ValueError(f"kernel backend triton cannot run: {reason}; choose auto or portable")
+        raise ValueError(f"kernel backend {backend} cannot run: {reason}; choose auto or portable")
 
 
 def _check(backend: Backend) -> Backend:

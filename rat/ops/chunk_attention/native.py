@@ -1,0 +1,272 @@
+"""Chunk attention on a CPU: PyTorch's matrix products, and between them one pass each of `native.cpp`.
+
+All L queries of a chunk see the same chunk ends, so a block of tokens is one dense matrix product against the ends
+before it. The block's logits stay in cache; the backward computes them again from the log-sum-exp, which is all that
+is kept besides the output. Where every row is one document, the ends are read from k and v, and their gradients go
+straight into those of k and v.
+
+The loops are opaque to torch.compile (a custom op with a fake).
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rat.ops import native
+from rat.ops.chunk_attention import portable
+from rat.ops.chunk_attention.ends import Ends
+from rat.ops.rotary.portable import angles, turn
+
+# Logits of one block, which stay in cache between the passes over them.
+BLOCK_LOGITS = 1 << 19
+# Fewer rows starve the matrix product; more of them multiply what the causal order then hides.
+FEWEST_ROWS, MOST_ROWS = 64, 512
+
+_I64, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Ends | None,
+    chunk: Tensor,
+    chunk_size: int,
+    rope_base: float | None,
+) -> Tensor:
+    """As the reference."""
+    if not native.supports(q, k, v):
+        return portable.chunk_attention(q, k, v, ends, chunk, chunk_size, rope_base)
+    if ends is None:
+        return _attend_op(q, k, v, None, None, None, None, chunk, chunk_size, rope_base or 0.0)[0]
+    keys, values = (x.transpose(1, 2).to(q.dtype).contiguous() for x in ends[:2])
+    return _attend_op(q, k, v, keys, values, ends.first, ends.last, chunk, chunk_size, rope_base or 0.0)[0]
+
+
+class _Block(ctypes.Structure):
+    """`Block` of native.cpp."""
+
+    _fields_ = (
+        *((n, _I64) for n in ("batch", "heads", "groups", "width", "start", "rows", "seen", "length", "num_threads")),
+        ("scale", ctypes.c_float),
+        *((n, _POINTER) for n in ("first", "last", "place", "cos", "sin")),
+        *((n, native.Strided) for n in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")),
+        *((n, _POINTER) for n in ("log_sum_exp", "own", "delta")),
+        *((n, _POINTER) for n in ("queries", "block_out", "block_grad", "logits", "grad_logits")),
+    )
+
+
+class _Call:
+    """One call of the operation: its inputs as the kernels want them, and memory that its blocks share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        end_keys: Tensor | None,
+        end_values: Tensor | None,
+        first: Tensor | None,
+        last: Tensor | None,
+        chunk: Tensor,
+        chunk_size: int,
+        rope_base: float,
+    ) -> None:
+        self.q, self.k, self.v = (native.packed(x) for x in (q, k, v))
+        self.chunk_size, self.regular = chunk_size, end_keys is None
+        self.chunk, self.tables = chunk.to(torch.int32).contiguous(), None
+        if rope_base:
+            indices = torch.arange(int(chunk.max()) + 1)
+            self.tables = tuple(x[:, 0].contiguous() for x in angles(indices, q.shape[3], rope_base, torch.float32))
+        if end_keys is None or end_values is None:
+            end_keys, end_values = self._read_ends()
+            self.first, self.last = torch.zeros_like(self.chunk), self.chunk
+        else:
+            assert first is not None
+            assert last is not None
+            self.first, self.last = (x.to(torch.int32).contiguous() for x in (first, last))
+        self.end_keys, self.end_values = end_keys.flatten(0, 1), end_values.flatten(0, 1)
+        self.memory: dict[str, Tensor] = {}
+
+    def _read_ends(self) -> tuple[Tensor, Tensor]:
+        """The last tokens of all chunks, (B, H, E, d); keys are rotated."""
+        size = self.chunk_size
+        keys, values = self.k[:, size - 1 :: size], self.v[:, size - 1 :: size]
+        if self.tables is not None:
+            keys = turn(keys, *(x[: keys.shape[1], None] for x in self.tables))
+        return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous()
+
+    def write_back_ends(self, keys: Tensor, values: Tensor, grad_k: Tensor, grad_v: Tensor) -> None:
+        """Add the gradients of the ends, fp32 (B * H, E, d), to those of the tokens they were read from."""
+        size, batch = self.chunk_size, self.k.shape[0]
+        keys, values = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (keys, values))
+        if self.tables is not None:
+            cos, sin = (x[: keys.shape[1], None] for x in self.tables)
+            keys = turn(keys, cos, -sin)
+        grad_k[:, size - 1 :: size] += keys
+        grad_v[:, size - 1 :: size] += values
+
+    def blocks(self) -> Iterator[tuple[slice, int]]:
+        """Tokens to take together, and how many ends the last of them may see."""
+        length, step = self.q.shape[1], self.chunk_size
+        heads, ends = self.end_keys.shape[:2]
+        start = 0
+        while start < length:
+            # the largest R whose R * (start + R) / L logits are within the budget
+            rows = max(FEWEST_ROWS, BLOCK_LOGITS // (heads * (ends + 1)))
+            if self.regular:
+                most = int((start * start + 4 * step * (BLOCK_LOGITS // heads)) ** 0.5 - start) // 2
+                rows = max(1, min(max(FEWEST_ROWS, most), MOST_ROWS) // step) * step
+            stop = min(length, start + rows)
+            yield slice(start, stop), min(ends, (stop - 1) // step) if self.regular else ends
+            start = stop
+
+    def scratch(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Memory that is the same for every block, in cache by then."""
+        size = 1
+        for n in shape:
+            size *= n
+        if name not in self.memory or self.memory[name].numel() < size:
+            self.memory[name] = torch.empty(size, dtype=dtype)
+        return self.memory[name][:size].view(shape)
+
+    def block(self, rows: slice, seen: int, **tensors: Tensor) -> "_Work":
+        """A block of tokens, ready for the kernels."""
+        return _Work(self, rows, seen, tensors)
+
+
+class _Work:
+    """A block and the tensors that its kernels and matrix products share, head-major."""
+
+    def __init__(self, call: _Call, rows: slice, seen: int, tensors: dict[str, Tensor]) -> None:
+        batch, length, groups, width = call.q.shape
+        heads, dtype, count = call.k.shape[2], call.q.dtype, rows.stop - rows.start
+        self.call, self.dtype, self.seen = call, dtype, seen
+        self.queries, self.block_out, self.block_grad = (
+            call.scratch(name, dtype, batch * heads, count, width) for name in ("queries", "block_out", "block_grad")
+        )
+        self.logits, self.grad_logits = (
+            call.scratch(name, dtype, batch * heads, count, seen) for name in ("logits", "grad_logits")
+        )
+        own, delta = (call.scratch(name, torch.float32, batch * heads, count) for name in ("own", "delta"))
+        tables = call.tables or (None, None)
+        inside = {"queries": self.queries, "block_out": self.block_out, "block_grad": self.block_grad}
+        inside |= {"logits": self.logits, "grad_logits": self.grad_logits, "own": own, "delta": delta}
+        self.struct = _Block(
+            *(batch, heads, groups, width, rows.start, count, seen, length, torch.get_num_threads(), width**-0.5),
+            *(native.pointer(x) for x in (call.first, call.last, call.chunk, *tables)),
+            **{name: native.strided(x) for name, x in (("q", call.q), ("k", call.k), ("v", call.v))},
+            **{name: native.strided(x) for name, x in tensors.items() if name != "log_sum_exp"},
+            **{name: x.data_ptr() for name, x in inside.items()},
+            log_sum_exp=tensors["log_sum_exp"].data_ptr(),
+        )
+
+    def run(self, kernel: str) -> None:
+        """One of the passes of native.cpp over this block."""
+        native.call(f"chunk_{kernel}", self.dtype, ctypes.byref(self.struct))
+
+
+@torch.library.custom_op("rat::native_chunk_attention", mutates_args=())
+def _attend_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end_keys: Tensor | None,
+    end_values: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    chunk: Tensor,
+    chunk_size: int,
+    rope_base: float,
+) -> tuple[Tensor, Tensor]:
+    call = _Call(q, k, v, end_keys, end_values, first, last, chunk, chunk_size, rope_base)
+    out = torch.empty(v.shape, dtype=v.dtype)
+    log_sum_exp = torch.empty(v.shape[0], v.shape[2], v.shape[1])
+    for rows, seen in call.blocks():
+        block = call.block(rows, seen, out=out, log_sum_exp=log_sum_exp)
+        block.run("ask")
+        torch.bmm(block.queries, call.end_keys[:, :seen].mT, out=block.logits)
+        block.run("softmax")
+        torch.bmm(block.logits, call.end_values[:, :seen], out=block.block_out)
+        block.run("answer")
+    return out, log_sum_exp
+
+
+@_attend_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    return out, torch.empty(v.shape[0], v.shape[2], v.shape[1], dtype=torch.float32, device=v.device)
+
+
+@torch.library.custom_op("rat::native_chunk_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    out: Tensor,
+    log_sum_exp: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    end_keys: Tensor | None,
+    end_values: Tensor | None,
+    first: Tensor | None,
+    last: Tensor | None,
+    chunk: Tensor,
+    chunk_size: int,
+    rope_base: float,
+) -> list[Tensor]:
+    call = _Call(q, k, v, end_keys, end_values, first, last, chunk, chunk_size, rope_base)
+    grads = {f"grad_{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    of_keys, of_values = (torch.zeros(call.end_keys.shape) for _ in range(2))
+    tensors = {"grad": native.packed(grad), "out": out, "log_sum_exp": log_sum_exp, **grads}
+    for rows, seen in call.blocks():
+        block = call.block(rows, seen, **tensors)
+        block.run("ask_back")
+        if not seen:
+            continue
+        keys, values = call.end_keys[:, :seen], call.end_values[:, :seen]
+        torch.bmm(block.queries, keys.mT, out=block.logits)
+        torch.bmm(block.block_grad, values.mT, out=block.grad_logits)
+        block.run("softmax_back")
+        _accumulate(of_values[:, :seen], block.logits, block.block_grad)
+        _accumulate(of_keys[:, :seen], block.grad_logits, block.queries)
+        torch.bmm(block.grad_logits, keys, out=block.block_out)
+        block.run("answer_back")
+    if end_keys is not None and end_values is not None:
+        ends = [g.view(x.shape).to(x.dtype) for g, x in ((of_keys, end_keys), (of_values, end_values))]
+        return [*grads.values(), *ends]
+    call.write_back_ends(of_keys, of_values, grads["grad_k"], grads["grad_v"])
+    return list(grads.values())
+
+
+def _accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """into += a^T b, in fp32."""
+    if a.dtype == into.dtype:
+        into.baddbmm_(a.mT, b)
+    else:
+        into += torch.bmm(a.mT, b)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, out: Tensor, log_sum_exp: Tensor, *inputs: Any) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:5] if x is not None]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, chunk_size, rope_base = inputs
+    ctx.present = [x is not None for x in tensors]
+    ctx.options = chunk_size, rope_base
+    ctx.save_for_backward(*output, *(x for x in tensors if x is not None))
+
+
+def _backward(ctx, grad, grad_log_sum_exp):  # type: ignore[no-untyped-def]
+    out, log_sum_exp, *saved = ctx.saved_tensors
+    rest = iter(saved)
+    inputs = [next(rest) if present else None for present in ctx.present]
+    grads = _backward_op(grad, out, log_sum_exp, *inputs, *ctx.options)
+    return (*grads, *[None] * (10 - len(grads)))
+
+
+_attend_op.register_autograd(_backward, setup_context=_setup_context)
