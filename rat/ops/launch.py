@@ -30,6 +30,7 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, torch.dtype | int | float]  # a tensor stands as its dtype
+    unaligned: frozenset[str]  # tensors whose address is no multiple of 16 bytes, which the compiler is told
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -99,6 +100,7 @@ def launch(
                 kernel=kernel,
                 grid=grid,
                 args=dict(zip(names, kinds, strict=True)),
+                unaligned=frozenset(n for n, a in zip(names, args, strict=True) if _is_unaligned(a)),
                 constants=constants,
                 num_warps=num_warps,
                 num_stages=num_stages,
@@ -107,3 +109,7 @@ def launch(
         )
         return
     kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+
+
+def _is_unaligned(argument: Tensor | int | float) -> bool:
+    return isinstance(argument, Tensor) and argument.data_ptr() % 16 != 0
