@@ -53,7 +53,7 @@ MISTAKES = {
     "trainer: {max_steps: many}": 'Parser key "trainer.max_steps"',
     "model: {model: {pattern: [ratt]}}": "Expected a typing.Literal['rat', 'attention', 'sliding_window', 'rnn']",
     "model: {optimizer: {betas: [0.9]}}": 'Parser key "model.optimizer.betas"',
-    "model: {kernel_backend: fast}": "Expected a typing.Literal['auto', 'reference', 'portable', 'flex', 'triton']",
+    "model: {kernel_backend: fast}": "Expected a typing.Literal['auto', 'reference', 'portable', 'native', 'flex'",
     "data: {init_args: {batch_size: big}}": "batch_size",
 }  # fmt: skip
 

@@ -23,6 +23,12 @@ VERSIONS = {name: name for name in ops.BACKENDS if name != "auto"}
 
 
 @pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that cannot build the CPU kernels, unless a test says otherwise."""
+    monkeypatch.setattr(backend.native, "why_not_native", lambda: "there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
 def _auto_before_and_after() -> Iterator[None]:
     assert ops.get_backend() == "auto"
     yield
@@ -94,14 +100,36 @@ def test_every_op_answers_to_every_backend_of_pytorch(name: ops.Backend) -> None
 
 
 def test_an_op_without_the_version_takes_the_next_simpler_one_that_can_run(gpu: Callable[..., torch.Tensor]) -> None:
-    scan = {name: name for name in VERSIONS if name not in ("flex", "triton")}
-    window = {name: name for name in VERSIONS if name != "triton"}
+    scan = {name: name for name in VERSIONS if name not in ("flex", "native", "triton")}
+    window = {name: name for name in VERSIONS if name not in ("native", "triton")}
     assert select(scan, "flex", X) == "portable"
     assert select(window, "flex", X) == "flex"
     assert select(scan, "triton", gpu(8, 0)) == "portable"
     assert select(window, "triton", gpu(8, 0)) == "flex"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend.native, "why_not_native", lambda: None)
+        assert select(window, "native", X) == select(window, "auto", X) == "portable"
     with record_launches((8, 0)):  # on CPU tensors, where FlexAttention has no backward
         assert select(window, "triton", X) == "portable"
+
+
+def test_auto_takes_the_cpu_kernels_where_they_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert select(VERSIONS, "auto", X) == "portable"
+    no_compiler = r"there is no C\+\+ compiler"
+    assert describe_backend("auto", CPU, True) == (
+        "kernel backend auto: portable on the cpu, not native: there is no C++ compiler"
+    )
+    with pytest.raises(ValueError, match=f"native cannot run: {no_compiler}; choose auto or portable"):
+        select(VERSIONS, "native", X)
+    with pytest.raises(ValueError, match=no_compiler):
+        describe_backend("native", CPU, True)
+    monkeypatch.setattr(backend.native, "why_not_native", lambda: None)
+    assert select(VERSIONS, "auto", X) == select(VERSIONS, "native", X) == "native"
+    assert describe_backend("auto", CPU, True) == "kernel backend auto: native on the cpu, the fastest there"
+    with pytest.raises(
+        ValueError, match="native cannot run: its kernels are for the CPU, and the tensors are on the cuda"
+    ):
+        describe_backend("native", GPU, True)
 
 
 def test_auto_takes_the_fastest_that_can_run(gpu: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,15 +173,15 @@ def test_triton_where_it_cannot_run_is_refused_with_the_reason_and_the_fix(
     with pytest.raises(ValueError, match=message):
         describe_backend("triton", device, training=True)
     assert select(VERSIONS, "auto", like) == "portable"
-    assert reason in describe_backend("auto", device, training=True)
+    if device == GPU:
+        assert f"portable on Some GPU (sm_75), not triton: its kernels {reason}" in describe_backend(
+            "auto", device, True
+        )
 
 
 def test_what_was_chosen_is_described_with_the_reason(gpu: Callable[..., torch.Tensor]) -> None:
     gpu(9, 0)
     assert describe_backend("auto", GPU, True) == "kernel backend auto: triton on Some GPU (sm_90), the fastest there"
-    assert describe_backend("auto", CPU, True).startswith(
-        "kernel backend auto: portable on the cpu, not triton: its ker"
-    )
     assert describe_backend("portable", CPU, True) == "kernel backend portable on the cpu, as it was asked for"
     assert describe_backend("flex", GPU, True) == "kernel backend flex on Some GPU (sm_90), as it was asked for"
     assert describe_backend("flex", CPU, False) == "kernel backend flex on the cpu, as it was asked for"
