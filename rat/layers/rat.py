@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
-from rat.ops import chunk_attention, chunk_decode, chunk_scan, rotary
+from rat.ops import chunk_attention, chunk_decode, chunk_scan, output_gate, rotary
 from rat.ops.chunk_decode import needs_gradient
 
 
@@ -52,7 +52,7 @@ class RAT(GatedMixer):
             rope_base=self.rope_base,
             document_ids=document_ids,
         )
-        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
+        return self.out_proj(output_gate(z, mixed.flatten(-2)))
 
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: the chunk ends so far, and the recurrence inside the open chunk (fp32)."""
@@ -75,7 +75,7 @@ class RAT(GatedMixer):
         else:
             mixed = self._extend(v, gate_logits, q, k, state, lengths)
         state.advance(x.shape[1], lengths)
-        return self.out_proj(torch.sigmoid(z) * mixed.flatten(-2))
+        return self.out_proj(output_gate(z, mixed.flatten(-2)))
 
     def _decode(self, v: Tensor, gate_logits: Tensor, q: Tensor, k: Tensor, state: LayerState) -> Tensor:
         """The heads' outputs (B, 1, H, d) for one token of every row; the state but for its lengths."""

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
-from rat.ops import gated_scan
+from rat.ops import gated_scan, output_gate
 
 
 class RNN(GatedMixer):
@@ -28,7 +28,7 @@ class RNN(GatedMixer):
         z, v, gate_logits = self.in_proj(x).chunk(3, dim=-1)
         self.watch(gate_logits)
         (v,), _ = gated_scan(gate_logits, (v,), gate_bias=self.gate_bias, document_ids=document_ids)
-        return self.out_proj(torch.sigmoid(z) * v)
+        return self.out_proj(output_gate(z, v))
 
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: one vector a row, in fp32."""
@@ -46,7 +46,7 @@ class RNN(GatedMixer):
             lengths=lengths,
         )
         state.advance(x.shape[1], lengths)
-        return self.out_proj(torch.sigmoid(z) * v)
+        return self.out_proj(output_gate(z, v))
 
     def crop(self, state: LayerState, lengths: Tensor) -> None:
         """See `Mixer.crop`."""

@@ -5,6 +5,7 @@ from rat.ops.chunk_attention import chunk_attention
 from rat.ops.chunk_decode import chunk_decode
 from rat.ops.chunk_scan import chunk_scan
 from rat.ops.gated_scan import gated_scan
+from rat.ops.output_gate import output_gate
 from rat.ops.rotary import rotary
 from rat.ops.sliding_window import sliding_window_attention
 
@@ -16,6 +17,7 @@ __all__ = [
     "chunk_scan",
     "gated_scan",
     "get_backend",
+    "output_gate",
     "rotary",
     "set_backend",
     "sliding_window_attention",

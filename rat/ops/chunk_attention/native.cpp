@@ -1,7 +1,8 @@
 // What chunk attention does between its matrix products on a CPU: one pass over a block's rows each.
 //
 // A block is some tokens of every row of the batch. Token-major tensors are (B, T, heads, d); those that meet a matrix
-// product are head-major, (B, H, R, ...) for the R tokens of the block. Head h asks with query group h mod G.
+// product are head-major, (B, H, R, d) for the R tokens of the block, and logits belong to one head at a time, (R,
+// ends seen). Head h asks with query group h mod G.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -33,11 +34,12 @@ struct Block {
   float* log_sum_exp;  // (B, H, T)
   float* own;          // (B, H, R): logits of the tokens themselves, later their probabilities
   float* delta;        // (B, H, R): sum of out * grad
-  void *queries, *block_out, *block_grad, *logits, *grad_logits;  // (B, H, R, d), the last two (B, H, R, seen)
+  void *queries, *block_out, *block_grad;  // (B, H, R, d)
+  void *logits, *grad_logits;              // (R, seen)
 
   template <class T>
-  T* at(void* data, int64_t b, int64_t h, int64_t r, int64_t size) const {
-    return static_cast<T*>(data) + ((b * heads + h) * rows + r) * size;
+  T* at(void* data, int64_t b, int64_t h, int64_t r) const {
+    return static_cast<T*>(data) + ((b * heads + h) * rows + r) * width;
   }
   int64_t index(int64_t b, int64_t h, int64_t r) const { return (b * heads + h) * rows + r; }
 };
@@ -60,13 +62,6 @@ void turn(int64_t half, const From* __restrict x, const float* __restrict cos, c
   }
 }
 
-template <class F>
-void for_tokens(const Block& block, F f) {
-#pragma omp parallel for collapse(2) schedule(static) num_threads(block.num_threads)
-  for (int64_t b = 0; b < block.batch; b++)
-    for (int64_t r = 0; r < block.rows; r++) f(b, r);
-}
-
 // The queries of a block, rotated and scaled, for every head; and the logits of the tokens themselves.
 template <class T>
 void ask(const Block& block, int64_t b, int64_t r) {
@@ -74,10 +69,10 @@ void ask(const Block& block, int64_t b, int64_t r) {
   const int64_t angle = block.place[b * block.length + t] * half;
   for (int64_t h = 0; h < block.heads; h++) {
     const T* q = block.q.row<T>(b, t) + h % block.groups * d;
-    T* query = block.at<T>(block.queries, b, h, r, d);
+    T* query = block.at<T>(block.queries, b, h, r);
     block.own[block.index(b, h, r)] = block.scale * dot(d, q, block.k.row<T>(b, t) + h * d);
     if (h >= block.groups)
-      std::copy_n(block.at<T>(block.queries, b, h % block.groups, r, d), d, query);
+      std::copy_n(block.at<T>(block.queries, b, h % block.groups, r), d, query);
     else if (block.cos)
       turn(half, q, block.cos + angle, block.sin + angle, 1.0f, block.scale, query);
     else
@@ -87,17 +82,10 @@ void ask(const Block& block, int64_t b, int64_t r) {
 
 template <class T>
 float largest(int64_t n, const T* x) {
-  constexpr int64_t kLanes = 16;
-  float most[kLanes];
-  std::fill_n(most, kLanes, -INFINITY);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; lane++) {
-      const float y = load(x[i + lane]);
-      most[lane] = y > most[lane] ? y : most[lane];
-    }
-  for (; i < n; i++) most[0] = std::max(most[0], load(x[i]));
-  return *std::max_element(most, most + kLanes);
+  float most = -INFINITY;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; i++) most = std::max(most, load(x[i]));
+  return most;
 }
 
 template <class T>
@@ -111,21 +99,19 @@ float exponentials(int64_t n, float shift, T* x) {
   return sum;
 }
 
-// Logits become exponentials, without the division: that comes with the values (`answer`).
+// Logits of a head become exponentials, without the division: that comes with the values (`answer`).
 template <class T>
-void softmax(const Block& block, int64_t b, int64_t r) {
+void softmax(const Block& block, int64_t b, int64_t h, int64_t r) {
   const int64_t t = block.start + r, first = block.first[b * block.length + t], last = block.last[b * block.length + t];
-  for (int64_t h = 0; h < block.heads; h++) {
-    T* row = block.at<T>(block.logits, b, h, r, block.seen);
-    float& own = block.own[block.index(b, h, r)];
-    const float shift = std::max(own, largest(last - first, row + first));
-    std::fill(row, row + first, T{});
-    std::fill(row + last, row + block.seen, T{});
-    const float own_weight = std::exp(own - shift), sum = own_weight + exponentials(last - first, shift, row + first);
-    own = own_weight;
-    block.delta[block.index(b, h, r)] = 1.0f / sum;
-    block.log_sum_exp[(b * block.heads + h) * block.length + t] = shift + std::log(sum);
-  }
+  T* row = static_cast<T*>(block.logits) + r * block.seen;
+  float& own = block.own[block.index(b, h, r)];
+  const float shift = std::max(own, largest(last - first, row + first));
+  std::fill(row, row + first, T{});
+  std::fill(row + last, row + block.seen, T{});
+  own = std::exp(own - shift);
+  const float sum = own + exponentials(last - first, shift, row + first);
+  block.delta[block.index(b, h, r)] = 1.0f / sum;
+  block.log_sum_exp[(b * block.heads + h) * block.length + t] = shift + std::log(sum);
 }
 
 // out = (weights * end values + own weight * v) / sum.
@@ -134,7 +120,7 @@ void answer(const Block& block, int64_t b, int64_t r) {
   const int64_t t = block.start + r, d = block.width;
   for (int64_t h = 0; h < block.heads; h++) {
     const float share = block.delta[block.index(b, h, r)], own = block.own[block.index(b, h, r)] * share;
-    const T *__restrict ends = block.at<T>(block.block_out, b, h, r, d), *__restrict v = block.v.row<T>(b, t) + h * d;
+    const T *__restrict ends = block.at<T>(block.block_out, b, h, r), *__restrict v = block.v.row<T>(b, t) + h * d;
     T* __restrict out = block.out.row<T>(b, t) + h * d;
     for (int64_t i = 0; i < d; i++) store(out[i], share * load(ends[i]) + own * load(v[i]));
   }
@@ -159,7 +145,7 @@ void ask_back(const Block& block, int64_t b, int64_t r) {
   for (int64_t h = 0; h < block.heads; h++) {
     const int64_t at = block.index(b, h, r), group = h % block.groups * d;
     const T* grad = block.grad.row<T>(b, t) + h * d;
-    std::copy_n(grad, d, block.at<T>(block.block_grad, b, h, r, d));
+    std::copy_n(grad, d, block.at<T>(block.block_grad, b, h, r));
     block.delta[at] = dot(d, grad, block.out.row<T>(b, t) + h * d);
     const float p = std::exp(block.own[at] - block.log_sum_exp[(b * block.heads + h) * block.length + t]);
     const float s = p * (dot(d, grad, block.v.row<T>(b, t) + h * d) - block.delta[at]) * block.scale;
@@ -178,20 +164,18 @@ void softmax_gradients(int64_t n, float log_sum_exp, float delta, T* __restrict 
   }
 }
 
-// Logits become probabilities; the gradients of probabilities become those of the logits.
+// Logits of a head become probabilities; the gradients of probabilities become those of the logits.
 template <class T>
-void softmax_back(const Block& block, int64_t b, int64_t r) {
+void softmax_back(const Block& block, int64_t b, int64_t h, int64_t r) {
   const int64_t t = block.start + r, first = block.first[b * block.length + t], last = block.last[b * block.length + t];
-  for (int64_t h = 0; h < block.heads; h++) {
-    T* row = block.at<T>(block.logits, b, h, r, block.seen);
-    T* grad = block.at<T>(block.grad_logits, b, h, r, block.seen);
-    for (T* x : {row, grad}) {
-      std::fill(x, x + first, T{});
-      std::fill(x + last, x + block.seen, T{});
-    }
-    softmax_gradients(last - first, block.log_sum_exp[(b * block.heads + h) * block.length + t],
-                      block.delta[block.index(b, h, r)], row + first, grad + first);
+  T* row = static_cast<T*>(block.logits) + r * block.seen;
+  T* grad = static_cast<T*>(block.grad_logits) + r * block.seen;
+  for (T* x : {row, grad}) {
+    std::fill(x, x + first, T{});
+    std::fill(x + last, x + block.seen, T{});
   }
+  softmax_gradients(last - first, block.log_sum_exp[(b * block.heads + h) * block.length + t],
+                    block.delta[block.index(b, h, r)], row + first, grad + first);
 }
 
 // The gradients of the rotated queries (in `block_out`) are summed over the heads of a group and turned back.
@@ -204,7 +188,7 @@ void answer_back(const Block& block, int64_t b, int64_t r) {
   for (int64_t g = 0; g < block.groups; g++) {
     std::fill_n(sum, d, 0.0f);
     for (int64_t h = g; h < block.heads; h += block.groups) {
-      const T* grad = block.at<T>(block.block_out, b, h, r, d);
+      const T* grad = block.at<T>(block.block_out, b, h, r);
       for (int64_t i = 0; i < d; i++) sum[i] += load(grad[i]);
     }
     if (block.cos) turn(half, sum, block.cos + angle, block.sin + angle, -1.0f, 1.0f, turned);
@@ -214,21 +198,38 @@ void answer_back(const Block& block, int64_t b, int64_t r) {
   }
 }
 
+template <class F>
+void for_tokens(const Block& block, F f) {
+#pragma omp parallel for collapse(2) schedule(static) num_threads(block.num_threads)
+  for (int64_t b = 0; b < block.batch; b++)
+    for (int64_t r = 0; r < block.rows; r++) f(b, r);
+}
+
+template <class F>
+void for_rows(const Block& block, F f) {
+#pragma omp parallel for schedule(static) num_threads(block.num_threads)
+  for (int64_t r = 0; r < block.rows; r++) f(r);
+}
+
 }  // namespace
 
-#define RAT_KERNEL(name)                                                                           \
-  void rat_chunk_##name##_float(const Block* block) {                                              \
-    for_tokens(*block, [&](int64_t b, int64_t r) { name<float>(*block, b, r); });                  \
-  }                                                                                                \
-  void rat_chunk_##name##_bfloat16(const Block* block) {                                           \
-    for_tokens(*block, [&](int64_t b, int64_t r) { name<bfloat16>(*block, b, r); });               \
+#define RAT_ALL_HEADS(name, T)                                                 \
+  void rat_chunk_##name##_##T(const Block* block) {                            \
+    for_tokens(*block, [&](int64_t b, int64_t r) { name<T>(*block, b, r); });  \
   }
+#define RAT_ONE_HEAD(name, T)                                                  \
+  void rat_chunk_##name##_##T(const Block* block, int64_t b, int64_t h) {      \
+    for_rows(*block, [&](int64_t r) { name<T>(*block, b, h, r); });            \
+  }
+#define RAT_KERNELS(T)            \
+  RAT_ALL_HEADS(ask, T)           \
+  RAT_ONE_HEAD(softmax, T)        \
+  RAT_ALL_HEADS(answer, T)        \
+  RAT_ALL_HEADS(ask_back, T)      \
+  RAT_ONE_HEAD(softmax_back, T)   \
+  RAT_ALL_HEADS(answer_back, T)
 
 extern "C" {
-RAT_KERNEL(ask)
-RAT_KERNEL(softmax)
-RAT_KERNEL(answer)
-RAT_KERNEL(ask_back)
-RAT_KERNEL(softmax_back)
-RAT_KERNEL(answer_back)
+RAT_KERNELS(float)
+RAT_KERNELS(bfloat16)
 }

@@ -1,9 +1,9 @@
 """Chunk attention on a CPU: PyTorch's matrix products, and between them one pass each of `native.cpp`.
 
 All L queries of a chunk see the same chunk ends, so a block of tokens is one dense matrix product against the ends
-before it. The block's logits stay in cache; the backward computes them again from the log-sum-exp, which is all that
-is kept besides the output. Where every row is one document, the ends are read from k and v, and their gradients go
-straight into those of k and v.
+before it, a head at a time, whose logits stay in cache. The backward computes them again; the output and the
+log-sum-exp are all that is kept. Where every row is one document, the ends are read from k and v, and their gradients
+go straight into those of k and v.
 
 The loops are opaque to torch.compile (a custom op with a fake).
 """
@@ -20,8 +20,8 @@ from rat.ops.chunk_attention import portable
 from rat.ops.chunk_attention.ends import Ends
 from rat.ops.rotary.portable import angles, turn
 
-# Logits of one block, which stay in cache between the passes over them.
-BLOCK_LOGITS = 1 << 19
+# Logits of a block and head, which stay in cache between the passes over them.
+BLOCK_BYTES = 1 << 21
 # Fewer rows starve the matrix product; more of them multiply what the causal order then hides.
 FEWEST_ROWS, MOST_ROWS = 64, 512
 
@@ -112,13 +112,12 @@ class _Call:
     def blocks(self) -> Iterator[tuple[slice, int]]:
         """Tokens to take together, and how many ends the last of them may see."""
         length, step = self.q.shape[1], self.chunk_size
-        heads, ends = self.end_keys.shape[:2]
+        ends, budget = self.end_keys.shape[1], BLOCK_BYTES // self.q.element_size()
         start = 0
         while start < length:
-            # the largest R whose R * (start + R) / L logits are within the budget
-            rows = max(FEWEST_ROWS, BLOCK_LOGITS // (heads * (ends + 1)))
-            if self.regular:
-                most = int((start * start + 4 * step * (BLOCK_LOGITS // heads)) ** 0.5 - start) // 2
+            rows = max(FEWEST_ROWS, budget // (ends + 1))
+            if self.regular:  # the largest R whose R * (start + R) / L logits are within the budget
+                most = int((start * start + 4 * step * budget) ** 0.5 - start) // 2
                 rows = max(1, min(max(FEWEST_ROWS, most), MOST_ROWS) // step) * step
             stop = min(length, start + rows)
             yield slice(start, stop), min(ends, (stop - 1) // step) if self.regular else ends
@@ -148,9 +147,7 @@ class _Work:
         self.queries, self.block_out, self.block_grad = (
             call.scratch(name, dtype, batch * heads, count, width) for name in ("queries", "block_out", "block_grad")
         )
-        self.logits, self.grad_logits = (
-            call.scratch(name, dtype, batch * heads, count, seen) for name in ("logits", "grad_logits")
-        )
+        self.logits, self.grad_logits = (call.scratch(name, dtype, count, seen) for name in ("logits", "grad_logits"))
         own, delta = (call.scratch(name, torch.float32, batch * heads, count) for name in ("own", "delta"))
         tables = call.tables or (None, None)
         inside = {"queries": self.queries, "block_out": self.block_out, "block_grad": self.block_grad}
@@ -164,9 +161,34 @@ class _Work:
             log_sum_exp=tensors["log_sum_exp"].data_ptr(),
         )
 
-    def run(self, kernel: str) -> None:
-        """One of the passes of native.cpp over this block."""
-        native.call(f"chunk_{kernel}", self.dtype, ctypes.byref(self.struct))
+    def run(self, kernel: str, *head: ctypes.c_int64) -> None:
+        """One of the passes of native.cpp over this block, or over one head (row of the batch, head) of it."""
+        native.call(f"chunk_{kernel}", self.dtype, ctypes.byref(self.struct), *head)
+
+    def heads(self) -> Iterator[tuple[int, tuple[ctypes.c_int64, ctypes.c_int64]]]:
+        """Places along the axis B * H, and what the kernels call them."""
+        for i in range(len(self.queries)):
+            b, h = divmod(i, self.call.k.shape[2])
+            yield i, (_I64(b), _I64(h))
+
+    def attend(self) -> None:
+        """The values of the ends, weighted, into `block_out`."""
+        keys, values = self.call.end_keys[:, : self.seen], self.call.end_values[:, : self.seen]
+        for i, head in self.heads():
+            torch.mm(self.queries[i], keys[i].mT, out=self.logits)
+            self.run("softmax", *head)
+            torch.mm(self.logits, values[i], out=self.block_out[i])
+
+    def attend_back(self, of_keys: Tensor, of_values: Tensor) -> None:
+        """The gradients of the queries into `block_out`; those of the ends, fp32 (B * H, E, d), are added to."""
+        keys, values = self.call.end_keys[:, : self.seen], self.call.end_values[:, : self.seen]
+        for i, head in self.heads():
+            torch.mm(self.queries[i], keys[i].mT, out=self.logits)
+            torch.mm(self.block_grad[i], values[i].mT, out=self.grad_logits)
+            self.run("softmax_back", *head)
+            _accumulate(of_values[i, : self.seen], self.logits, self.block_grad[i])
+            _accumulate(of_keys[i, : self.seen], self.grad_logits, self.queries[i])
+            torch.mm(self.grad_logits, keys[i], out=self.block_out[i])
 
 
 @torch.library.custom_op("rat::native_chunk_attention", mutates_args=())
@@ -188,9 +210,7 @@ def _attend_op(
     for rows, seen in call.blocks():
         block = call.block(rows, seen, out=out, log_sum_exp=log_sum_exp)
         block.run("ask")
-        torch.bmm(block.queries, call.end_keys[:, :seen].mT, out=block.logits)
-        block.run("softmax")
-        torch.bmm(block.logits, call.end_values[:, :seen], out=block.block_out)
+        block.attend()
         block.run("answer")
     return out, log_sum_exp
 
@@ -224,15 +244,7 @@ def _backward_op(
     for rows, seen in call.blocks():
         block = call.block(rows, seen, **tensors)
         block.run("ask_back")
-        if not seen:
-            continue
-        keys, values = call.end_keys[:, :seen], call.end_values[:, :seen]
-        torch.bmm(block.queries, keys.mT, out=block.logits)
-        torch.bmm(block.block_grad, values.mT, out=block.grad_logits)
-        block.run("softmax_back")
-        _accumulate(of_values[:, :seen], block.logits, block.block_grad)
-        _accumulate(of_keys[:, :seen], block.grad_logits, block.queries)
-        torch.bmm(block.grad_logits, keys, out=block.block_out)
+        block.attend_back(of_keys, of_values)
         block.run("answer_back")
     if end_keys is not None and end_values is not None:
         ends = [g.view(x.shape).to(x.dtype) for g, x in ((of_keys, end_keys), (of_values, end_values))]
@@ -244,9 +256,9 @@ def _backward_op(
 def _accumulate(into: Tensor, a: Tensor, b: Tensor) -> None:
     """into += a^T b, in fp32."""
     if a.dtype == into.dtype:
-        into.baddbmm_(a.mT, b)
+        into.addmm_(a.mT, b)
     else:
-        into += torch.bmm(a.mT, b)
+        into += a.mT @ b
 
 
 @_backward_op.register_fake
