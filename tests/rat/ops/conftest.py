@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rat.ops.documents import positions
+
 Values = dict[str, Tensor]
 
 
@@ -183,5 +185,40 @@ def plain_scan() -> Callable[..., object]:
             outputs.append(torch.stack(trace, dim=1))
             finals.append(state)
         return outputs, finals
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dense_chunk_attention() -> Callable[..., Tensor]:
+    """Chunk attention as anyone would write it, with a mask, every number in the dtype of q."""
+
+    def turn(x: Tensor, place: Tensor, base: float | None) -> Tensor:
+        """Rotate pairs (x_i, x_{i + d/2}) by place (B, T) * base^(-2i/d)."""
+        if base is None:
+            return x
+        half = x.shape[-1] // 2
+        angle = place[..., None, None] * torch.tensor([base ** (-i / half) for i in range(half)], dtype=torch.float64)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x[..., :half], x[..., half:]
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, rope_base: float | None, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """Softmax under an explicit (T x T) mask: the last tokens of earlier chunks and the token itself."""
+        batch, length, heads, width = k.shape
+        ids = torch.zeros(batch, length, dtype=torch.int64) if document_ids is None else document_ids
+        document = (ids.diff(dim=1, prepend=ids[:, :1]) != 0).cumsum(1)
+        place = positions(batch, length, document_ids, None, q.device)
+        chunk, is_end = place // chunk_size, place % chunk_size == chunk_size - 1
+        same = document[:, :, None] == document[:, None, :]
+        seen = same & is_end[:, None, :] & (chunk[:, None, :] < chunk[:, :, None]) | torch.eye(length, dtype=torch.bool)
+        q, k = turn(q, chunk, rope_base), turn(k, chunk, rope_base)
+        rows = []
+        for h in range(heads):
+            logits = q[:, :, h % q.shape[2]] @ k[:, :, h].mT / width**0.5
+            rows.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, :, h])
+        return torch.stack(rows, dim=2)
 
     return run

@@ -12,41 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from rat.ops import chunk_attention
 from rat.ops.chunk_attention import portable
-from rat.ops.documents import positions
 
 Maker = Callable[..., dict[str, Tensor]]
 SHAPES = sorted({(size, t) for size in (1, 4, 16) for t in (1, size - 1, size, size + 1, 3 * size + 5) if t >= 1})
 SHAPES += [(9, 9), (21, 21)]
-
-
-def turn(x: Tensor, place: Tensor, base: float | None) -> Tensor:
-    """Rotate pairs (x_i, x_{i + d/2}) by place (B, T) * base^(-2i/d)."""
-    if base is None:
-        return x
-    half = x.shape[-1] // 2
-    angle = place[..., None, None] * torch.tensor([base ** (-i / half) for i in range(half)], dtype=torch.float64)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-def dense(
-    q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, rope_base: float | None, document_ids: Tensor | None = None
-) -> Tensor:
-    """Softmax under an explicit (T x T) mask: earlier chunks' last tokens and the token itself, in the dtype of q."""
-    batch, length, heads, width = k.shape
-    ids = torch.zeros(batch, length, dtype=torch.int64) if document_ids is None else document_ids
-    document = (ids.diff(dim=1, prepend=ids[:, :1]) != 0).cumsum(1)
-    place = positions(batch, length, document_ids, None, q.device)
-    chunk, is_end = place // chunk_size, place % chunk_size == chunk_size - 1
-    same = document[:, :, None] == document[:, None, :]
-    seen = same & is_end[:, None, :] & (chunk[:, None, :] < chunk[:, :, None]) | torch.eye(length, dtype=torch.bool)
-    q, k = turn(q, chunk, rope_base), turn(k, chunk, rope_base)
-    rows = []
-    for h in range(heads):
-        logits = q[:, :, h % q.shape[2]] @ k[:, :, h].mT / width**0.5
-        rows.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, :, h])
-    return torch.stack(rows, dim=2)
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +83,14 @@ def test_reference_equals_a_dense_softmax(
     inputs: Maker,
     ragged_ids: Callable[..., Tensor],
     differentiate: Maker,
+    dense_chunk_attention: Callable[..., Tensor],
     assert_same: Callable[..., None],
 ) -> None:
     ids = ragged_ids(length, 2, length, 9) if documents else None
     options = {"chunk_size": chunk_size, "rope_base": rope_base, "document_ids": ids}
     values = inputs(0, 2, length)
     reference = differentiate(partial(chunk_attention, backend="reference", **options), values)
-    assert_same(reference, differentiate(partial(dense, **options), values), 1e-10)
+    assert_same(reference, differentiate(partial(dense_chunk_attention, **options), values), 1e-10)
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -177,13 +147,14 @@ def test_bf16_is_no_worse_than_the_plain_formula(
     inputs: Maker,
     ragged_ids: Callable[..., Tensor],
     differentiate: Maker,
+    dense_chunk_attention: Callable[..., Tensor],
     assert_no_worse: Callable[..., None],
 ) -> None:
     ids = ragged_ids(length + 2, 2, length, 9) if documents else None
     options = {"chunk_size": chunk_size, "rope_base": rope_base, "document_ids": ids}
     values = inputs(2, 2, length, width=16)
     ours = differentiate(partial(chunk_attention, backend="portable", **options), values, torch.bfloat16)
-    plain = differentiate(partial(dense, **options), values, torch.bfloat16)
+    plain = differentiate(partial(dense_chunk_attention, **options), values, torch.bfloat16)
     assert all(x.dtype == torch.bfloat16 for x in ours.values())
     assert_no_worse(ours, plain, differentiate(partial(chunk_attention, backend="reference", **options), values))
 
