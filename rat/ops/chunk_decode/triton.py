@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from rat.ops.chunk_decode import kernels, portable
+from rat.ops.chunk_decode.in_place import packed, packed_in_place
 from rat.ops.launch import Cost, launch
 
 # Programs that fill a GPU: four for each of 128 multiprocessors.
@@ -64,50 +65,41 @@ def _decode_op(
     rope_base: float | None,
 ) -> Tensor:
     heads, width = end_keys.shape[1], end_keys.shape[3]
-    written = (value_state, key_state, end_keys, end_values)
-    places = [_packed(x) for x in written]
-    new = [_packed(x) for x in (gate_logits, q, k, v)]
     out = torch.empty(len(v), heads, width, dtype=v.dtype, device=v.device)
     tasks, ends = len(v) * heads, longest // chunk_size
     shares = _shares(tasks, ends)
-    sums = out.new_empty(2, tasks * shares, dtype=torch.float32)
+    stored = tasks * shares if shares > 1 else 0
     block = triton.next_power_of_2(width)
-    launch(
-        kernels.decode,
-        (tasks * shares,),
-        *new,
-        new[0] if gate_bias is None else gate_bias.contiguous(),
-        *places,
-        lengths.contiguous(),
-        out,
-        *sums,
-        out.new_empty(tasks * shares if shares > 1 else 0, width, dtype=torch.float32),
-        torch.zeros(tasks if shares > 1 else 0, dtype=torch.int32, device=v.device),
-        *(heads, q.shape[1], shares, chunk_size, math.log2(math.e) / math.sqrt(width)),
-        *(stride for x in (*new, *places) for stride in x.stride()[:-1]),
-        cost=_cost(q, v, end_keys, gate_bias, ends, shares),
-        num_warps=NUM_WARPS,
-        WIDTH=width,
-        LOG2_BASE=math.log2(rope_base) if rope_base is not None else None,
-        BIAS=gate_bias is not None,
-        SPLIT=shares > 1,
-        SLOTS=max(1, min(FEWEST_ENDS, TILE // block)),
-        BLOCK_D=block,
-    )
-    for x, place in zip(written, places, strict=True):
-        if place is not x:
-            x.copy_(place)
+    new = [packed(x) for x in (gate_logits, q, k, v)]
+    with packed_in_place(value_state, key_state, end_keys, end_values) as places:
+        launch(
+            kernels.decode,
+            (tasks * shares,),
+            *new,
+            new[0] if gate_bias is None else gate_bias.contiguous(),
+            *places,
+            lengths.contiguous(),
+            out,
+            *(out.new_empty(stored, dtype=torch.float32) for _ in range(2)),
+            out.new_empty(stored, width, dtype=torch.float32),
+            torch.zeros(tasks if stored else 0, dtype=torch.int32, device=v.device),
+            *(heads, q.shape[1], shares, chunk_size, math.log2(math.e) / math.sqrt(width)),
+            *(stride for x in (*new, *places) for stride in x.stride()[:-1]),
+            cost=_cost(q, v, end_keys, gate_bias, ends, shares),
+            num_warps=NUM_WARPS,
+            WIDTH=width,
+            LOG2_BASE=None if rope_base is None else math.log2(rope_base),
+            BIAS=gate_bias is not None,
+            SPLIT=shares > 1,
+            SLOTS=max(1, min(FEWEST_ENDS, TILE // block)),
+            BLOCK_D=block,
+        )
     return out
 
 
 @_decode_op.register_fake
 def _(gate_logits: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
     return v.new_empty(v.shape[0], v.shape[1] // q.shape[2], q.shape[2])
-
-
-def _packed(x: Tensor) -> Tensor:
-    """x with the numbers of its last axis side by side."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _shares(tasks: int, ends: int) -> int:
