@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from rat_cli.allocator import keep_freed_memory
-
 
 class Command(NamedTuple):
     """A command: where its function is, and what it is for. `None` stands for Lightning's own."""
@@ -35,6 +33,9 @@ COMMANDS = {
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
     "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "time layers: training, prefill, decoding; floors"),
     "bench memory": Command("rat.benchmarks.memory:memory_benchmark", "bytes of layers: kept, at most, in the cache"),
+    "bench throughput": Command(
+        "rat.benchmarks.throughput:throughput_benchmark", "tokens/s of models at the largest batch that fits"
+    ),
     "bench prepare": Command(
         "datamodules.prepare_benchmark:prepare_throughput", "tokens/s and memory of prepare pretrain"
     ),
@@ -43,7 +44,7 @@ COMMANDS = {
 
 
 # Commands that fill large tensors again and again.
-_COMPUTING = {"fit", "validate", "test", "predict", "generate", "bench layer"}
+_COMPUTING = {"fit", "validate", "test", "predict", "generate", "bench layer", "bench throughput"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -81,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(name: str, args: list[str]) -> None:
     function = COMMANDS[name].function
     if name in _COMPUTING:
+        from rat.allocator import keep_freed_memory
+
         keep_freed_memory()
     if function is None:
         from rat_cli.lightning import run

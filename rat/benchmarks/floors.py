@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 from rat.benchmarks.timing import Rates
 from rat.layers import Mixer
+from rat.model import CausalLM
 
 Mode = Literal["train", "prefill", "decode"]
 
@@ -49,9 +50,7 @@ def work(layer: Mixer, mode: Mode, batch_size: int, seq_len: int) -> Work:
     if mode == "decode":
         # a token at position T sees what the average token of a row of 2T sees
         flops = batch_size * layer.flops_per_token(2 * seq_len)
-        has_cache = layer.cache_elements(seq_len) > layer.recurrent_elements
-        written = 4 * layer.recurrent_elements + (2 * layer.d_model * size if has_cache else 0)
-        row = 2 * layer.d_model * size + state_bytes(layer, seq_len) + written
+        row = 2 * layer.d_model * size + _touched_by_a_step(layer, seq_len)
         return Work(flops=flops, num_bytes=weights + batch_size * row)
     tokens = batch_size * seq_len
     flops = tokens * layer.flops_per_token(seq_len)
@@ -61,7 +60,25 @@ def work(layer: Mixer, mode: Mode, batch_size: int, seq_len: int) -> Work:
     return Work(flops=flops, num_bytes=weights + 2 * x + batch_size * state_bytes(layer, seq_len))
 
 
+def decode_work(model: CausalLM, batch_size: int, position: int) -> Work:
+    """The work of a whole model that takes one token for each of B rows at `position`.
+
+    Weights and state are read; logits, the recurrent part of the state and one more key and value are written.
+    """
+    weights = sum(p.nbytes for p in model.parameters())
+    head = model.embedding.weight
+    row = head.element_size() * len(head) + sum(_touched_by_a_step(layer.mixer, position) for layer in model.layers)
+    return Work(flops=batch_size * model.flops_per_token(2 * position), num_bytes=weights + batch_size * row)
+
+
 def state_bytes(layer: Mixer, seq_len: int) -> int:
     """Bytes of the decoding state that a row of `seq_len` tokens has filled; recurrences are fp32."""
     cached = min(layer.cache_elements(seq_len) - layer.recurrent_elements, 2 * seq_len * layer.d_model)
     return layer.in_proj.weight.element_size() * cached + 4 * layer.recurrent_elements
+
+
+def _touched_by_a_step(layer: Mixer, seq_len: int) -> int:
+    """Bytes of a row's state that one more token reads, and those that it writes."""
+    has_cache = layer.cache_elements(seq_len) > layer.recurrent_elements
+    key_and_value = 2 * layer.d_model * layer.in_proj.weight.element_size() if has_cache else 0
+    return state_bytes(layer, seq_len) + 4 * layer.recurrent_elements + key_and_value

@@ -9,11 +9,13 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 from tqdm import tqdm
+
+Name = TypeVar("Name", bound=str)
 
 # A turn that would be shorter repeats its work, so that neither the clock nor starting a kernel decides.
 SHORTEST_TURN = 0.01
@@ -34,8 +36,8 @@ class Rates(NamedTuple):
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, label: str = ""
-) -> dict[str, Measurement]:
+    candidates: Mapping[Name, Callable[[], object]], repeats: int, device: torch.device, label: str = ""
+) -> dict[Name, Measurement]:
     """Seconds of each candidate once it is warm; all take one turn a round, so that drift hits them alike.
 
     Args:
@@ -47,7 +49,7 @@ def interleaved(
     Returns:
         `median`, `iqr` (the distance of the quartiles) and `times` of every candidate, per run.
     """
-    turns: dict[str, list[float]] = {name: [] for name in candidates}
+    turns: dict[Name, list[float]] = {name: [] for name in candidates}
     total = (repeats + 1) * len(candidates)
     with tqdm(desc=label, total=total, leave=False, disable=None, delay=1) as bar:
         runs = {}

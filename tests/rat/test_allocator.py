@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import rat_cli
+import rat
 
-ROOT = Path(rat_cli.__file__).parents[1]
+ROOT = Path(rat.__file__).parents[1]
 CODE = """
 import resource, sys, torch
-from rat_cli.allocator import keep_freed_memory
+from rat.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 from rat import CausalLM, ModelConfig
