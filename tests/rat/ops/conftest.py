@@ -1,12 +1,13 @@
 """What the tests of several operations share, as fixtures: test modules do not import each other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rat.ops import chunk_decode
 from rat.ops.documents import positions
 
 Values = dict[str, Tensor]
@@ -220,5 +221,45 @@ def dense_chunk_attention() -> Callable[..., Tensor]:
             logits = q[:, :, h % q.shape[2]] @ k[:, :, h].mT / width**0.5
             rows.append(logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, :, h])
         return torch.stack(rows, dim=2)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def decode_inputs(draw: Callable[..., Tensor]) -> Callable[..., Values]:
+    """decode_inputs(seed, ...): one new token a row, states and caches; 4 heads, so that h mod 2 is not h // 2."""
+
+    def make(
+        seed: int, batch: int = 4, groups: int = 2, heads: int = 4, width: int = 4, slots: int = 9
+    ) -> dict[str, Tensor]:
+        row, cache = (batch, heads * width), (batch, heads, slots, width)
+        shapes = {"gate_logits": row, "q": (batch, groups, width), "k": (batch, groups * width), "v": row}
+        shapes |= {"value_state": row, "key_state": row, "end_keys": cache, "end_values": cache, "gate_bias": row[1:]}
+        return {name: draw(10 * seed + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def decode() -> Callable[..., Values]:
+    """decode(inputs, lengths, dtype, ...): what `chunk_decode` gives for copies of the inputs, and what it writes.
+
+    States and biases are never narrower than fp32; `view` makes other tensors of the same numbers.
+    """
+
+    def run(
+        inputs: Values,
+        lengths: Sequence[int],
+        dtype: torch.dtype = torch.float64,
+        op: Callable[..., Tensor] = chunk_decode,
+        view: Callable[[Tensor], Tensor] = torch.clone,
+        **options: object,
+    ) -> Values:
+        wide = torch.promote_types(dtype, torch.float32)
+        given = {n: view(x.to(wide if n.endswith(("state", "bias")) else dtype)) for n, x in inputs.items()}
+        new = [given[name] for name in ("gate_logits", "q", "k", "v")]
+        rest = {name: x for name, x in given.items() if name not in ("gate_logits", "q", "k", "v")}
+        out = op(*new, **rest, lengths=torch.tensor(lengths), longest=max(lengths), **options)
+        return {"output": out} | {name: x for name, x in rest.items() if name != "gate_bias"}
 
     return run
