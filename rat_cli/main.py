@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: without the program's name; default: those of the process.
 
     Raises:
-        SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were.
+        SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # whoever reads has seen enough, such as head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except KeyboardInterrupt:
+        _stop("interrupted", code=130)
     except Exception as error:
         if not _is_the_users(error):
             raise

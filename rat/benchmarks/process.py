@@ -1,6 +1,7 @@
 """A function in a process of its own, whose memory and caches nothing else has touched."""
 
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -44,6 +45,7 @@ def in_fresh_process(function: Callable[..., Result], *args: object) -> Result:
 
 
 def _answer(sender: Connection, num_threads: int, function: Callable[..., object], args: tuple[object, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the other one ends this one
     torch.set_num_threads(num_threads)
     try:
         sender.send((function(*args), None))

@@ -81,6 +81,15 @@ def test_light_commands_do_not_wait_for_torch(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_ctrl_c_is_no_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_run", stopped)
+    result = cli("fit")
+    assert (result.code, result.err) == (130, "error: interrupted\n")
+
+
 def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise KeyError("a bug")
