@@ -109,7 +109,8 @@ template <class T>
 void forward_step(int64_t n, const T* __restrict y, const float* __restrict gate, float* __restrict state,
                   T* __restrict out) {
   for (int64_t c = 0; c < n; c++) {
-    const float input = load(y[c]), s = input + gate[c] * (state[c] - input);
+    // a gate of 1, as of padding, leaves the state exactly as it is
+    const float s = gate[c] * state[c] + (1.0f - gate[c]) * load(y[c]);
     state[c] = s;
     store(out[c], s);
   }
