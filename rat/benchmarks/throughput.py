@@ -127,7 +127,7 @@ def throughput_benchmark(
         for round_ in range(1, repeats + 1):
             for run in runs:
                 print(f"round {round_} of {repeats}: {run.name}, batch {run.batch_size}", flush=True)
-                run.serve()
+                run.serve(round_)
                 report.put("rows", [other.row(runs) for other in runs])
         table = [run.row(runs) for run in runs]
         print("\n".join(_lines(table)), flush=True)
@@ -171,13 +171,13 @@ class _Run:
         print(f"{self.name}: a batch of {batch_size} {found}", flush=True)
         return peak
 
-    def serve(self) -> None:
-        """One more run; should it not stay within the budget after all, with a smaller batch from the beginning."""
-        while True:
+    def serve(self, rounds: int) -> None:
+        """Run until there are so many; should one not stay within the budget, all again with a smaller batch."""
+        while len(self._served) < rounds:
             served = _attempt(serve, self.workload, self.batch_size)
             if served is not None and served.peak_bytes <= self._budget:
                 self._served.append(served)
-                return
+                continue
             if self.batch_size == 1:
                 raise ValueError(f"{self.name}: one row does not stay within the budget: raise --memory_gb")
             excess = 0 if served is None else (served.peak_bytes - self._budget) // self._row_bytes

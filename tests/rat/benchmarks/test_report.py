@@ -41,6 +41,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: p
     assert json.loads(before)["complete"] is False
 
 
+def test_a_reader_keeps_the_file_that_it_has_opened(tmp_path: Path) -> None:
+    report = Report("layer", tmp_path, {}, CPU)
+    report.put("rows", [Row(8, "rat", 1.5)])
+    with report.path.open() as file:
+        report.put("rows", [])
+        assert len(json.load(file)["rows"]) == 1
+
+
 def test_runs_that_name_no_folder_do_not_overwrite_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     report = Report("memory", None, {}, CPU)

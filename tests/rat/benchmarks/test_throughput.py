@@ -124,6 +124,24 @@ def test_a_run_that_takes_more_than_its_rehearsal_is_made_again_with_fewer_rows(
     assert "rat: not within the budget, once more with a batch of" in capsys.readouterr().out
 
 
+def test_runs_of_a_batch_that_was_too_large_do_not_count(
+    bench: Callable[..., list[throughput.Throughput]], log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = throughput.in_fresh_process
+
+    def heavier_once(function: Any, workload: Any, batch: Any) -> Any:
+        result = run(function, workload, batch)
+        third = [call[0] for call in log].count("serve") == 3
+        return result._replace(peak_bytes=200_000) if isinstance(result, Served) and third else result
+
+    monkeypatch.setattr(throughput, "in_fresh_process", heavier_once)
+    (row,) = bench("rat", repeats=3)
+    # runs take 2, 4, 6, ... seconds: the first three are gone, as many were made with fewer rows
+    assert row.decode_seconds == [8, 10, 12]
+    assert [call[2] for call in log if call[0] == "serve"][3:] == [row.batch_size] * 3
+    assert row.peak_bytes <= 100_000
+
+
 def test_an_interruption_leaves_the_finished_rounds(
     bench: Callable[..., list[throughput.Throughput]], log: Log, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
