@@ -30,8 +30,8 @@ COMPILED_AT_MOST = 64
 def compiled_on_gpus(function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` for tensors of a GPU, at its first call; its first argument is a tensor.
 
-    It is compiled again for other dtypes and head widths, and where a size is 1, or at most `TILE`, for the first time;
-    but not because a length changed.
+    It is compiled again for other dtypes, heads and head widths, and where a size is 1, or at most `TILE`, for the
+    first time; but not because a length changed.
     """
     fast = torch.compile(function, dynamic=True, fullgraph=True)
 
@@ -39,6 +39,9 @@ def compiled_on_gpus(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not getattr(args[0], "is_cuda", False) or torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        for x in args:
+            if isinstance(x, Tensor) and x.ndim == 4:
+                torch._dynamo.mark_static(x, [2, 3])  # heads and their width, which decide the kernel
         with torch._dynamo.config.patch(recompile_limit=COMPILED_AT_MOST):
             return fast(*args, **kwargs)
 

@@ -36,10 +36,10 @@ def chunk_attention(
 def _attend(
     q: Tensor, turned: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, first: Tensor, last: Tensor
 ) -> Tensor:
-    tiled = (1, 1, k.shape[2] // q.shape[2], 1)
-    out, lse = span_attention(turned.repeat(tiled), keys, values, first, last)
+    turned, q = (x.repeat(1, 1, k.shape[2] // q.shape[2], 1).view(k.shape) for x in (turned, q))
+    out, lse = span_attention(turned, keys, values, first, last)
     wide = torch.promote_types(q.dtype, torch.float32)
     # A token and its own key turn by the same angle, which their product does not see.
-    own = (q.to(wide).repeat(tiled) * k).sum(-1) * q.shape[-1] ** -0.5
+    own = (q.to(wide) * k).sum(-1) * q.shape[-1] ** -0.5
     weight = torch.sigmoid(own - lse)[..., None]
     return torch.lerp(out.to(wide), v.to(wide), weight.to(wide)).to(v.dtype)
