@@ -35,12 +35,21 @@ inline void store_all(int64_t n, const float* __restrict from, T* __restrict to)
   for (int64_t i = 0; i < n; i++) store(to[i], from[i]);
 }
 
-// e^x within 2 ulp; 1e-38 instead of less. 2^n * P(r) with x = n ln 2 + r, |r| <= ln 2 / 2.
+// a * b + c, which the compiler leaves in this order; written as a sum it may add up the two parts of ln 2 below.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x within 2 ulp from -87 to 88, and beyond as at the nearer end: 2^n * P(r) with x = n ln 2 + r, |r| <= ln 2 / 2.
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
   const float n = __builtin_rintf(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = multiply_add(n, 2.12194440e-4f, multiply_add(n, -0.693359375f, x));
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;

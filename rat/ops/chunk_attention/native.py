@@ -87,6 +87,7 @@ class _Call:
         else:
             assert first is not None
             assert last is not None
+            last = last.clamp(0, end_keys.shape[2])  # the kernels trust it
             self.first, self.last = (x.to(torch.int32).contiguous() for x in (first, last))
         self.end_keys, self.end_values = end_keys.flatten(0, 1), end_values.flatten(0, 1)
         self.memory: dict[str, Tensor] = {}
@@ -206,7 +207,7 @@ def _attend_op(
 ) -> tuple[Tensor, Tensor]:
     call = _Call(q, k, v, end_keys, end_values, first, last, chunk, chunk_size, rope_base)
     out = torch.empty(v.shape, dtype=v.dtype)
-    log_sum_exp = torch.empty(v.shape[0], v.shape[2], v.shape[1])
+    log_sum_exp = torch.empty(v.shape[0], v.shape[2], v.shape[1], dtype=torch.float32)
     for rows, seen in call.blocks():
         block = call.block(rows, seen, out=out, log_sum_exp=log_sum_exp)
         block.run("ask")
@@ -239,7 +240,7 @@ def _backward_op(
 ) -> list[Tensor]:
     call = _Call(q, k, v, end_keys, end_values, first, last, chunk, chunk_size, rope_base)
     grads = {f"grad_{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
-    of_keys, of_values = (torch.zeros(call.end_keys.shape) for _ in range(2))
+    of_keys, of_values = (torch.zeros(call.end_keys.shape, dtype=torch.float32) for _ in range(2))
     tensors = {"grad": native.packed(grad), "out": out, "log_sum_exp": log_sum_exp, **grads}
     for rows, seen in call.blocks():
         block = call.block(rows, seen, **tensors)

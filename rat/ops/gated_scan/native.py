@@ -46,7 +46,7 @@ def scan(
         masks = [m.to(torch.uint8) * bit for m, bit in ((restart, 1), (frozen, 2)) if m is not None]
         flags = sum(masks[1:], masks[0]).contiguous()
     states = [] if initial_state is None else [s.float().contiguous() for s in initial_state]
-    bias = None if gate_bias is None else gate_bias.float()
+    bias = None if gate_bias is None else gate_bias.float().contiguous()
     results = _scan_op(gate_logits, list(streams), bias, states, flags, chunk_size)
     return tuple(results[: len(streams)]), tuple(results[len(streams) :])
 
@@ -68,9 +68,15 @@ def _array(kind: Any, items: Sequence[Any]) -> ctypes.Array[Any]:
 
 
 def _call(
-    logits: Tensor, streams: Sequence[Tensor], bias: Tensor | None, flags: Tensor | None, chunk_size: int, **more: Any
+    logits: Tensor,
+    streams: Sequence[Tensor],
+    bias: Tensor | None,
+    flags: Tensor | None,
+    chunk_size: int,
+    per_token: dict[str, list[Tensor]],
+    per_row: dict[str, list[Tensor]],
 ) -> _Call:
-    """The arguments of both directions; lists of tensors become arrays of views or pointers."""
+    """The arguments of both directions; lists of (B, T, D) become arrays of views, those of (B, D) of pointers."""
     batch, length, width = logits.shape
     call = _Call(
         batch=batch,
@@ -84,16 +90,14 @@ def _call(
         bias=native.pointer(bias),
         logits=native.strided(logits),
     )
-    call.arrays = {  # type: ignore[attr-defined]  # kept alive as long as the call
-        "y": _array(native.Strided, [native.strided(y) for y in streams]),
-        "y_width": _array(_I64, [y.shape[-1] for y in streams]),
-    }
-    for name, xs in more.items():
-        if name in ("out", "grad_out", "grad_y"):
-            call.arrays[name] = _array(native.Strided, [native.strided(x) for x in xs])  # type: ignore[attr-defined]
-        elif xs:
-            call.arrays[name] = _array(_POINTER, [x.data_ptr() for x in xs])  # type: ignore[attr-defined]
-    for name, array in call.arrays.items():  # type: ignore[attr-defined]
+    arrays = {"y_width": _array(_I64, [y.shape[-1] for y in streams])}
+    for name, xs in {"y": streams, **per_token}.items():
+        arrays[name] = _array(native.Strided, [native.strided(x) for x in xs])
+    for name, xs in per_row.items():
+        if xs:
+            arrays[name] = _array(_POINTER, [x.data_ptr() for x in xs])
+    call.arrays = arrays  # type: ignore[attr-defined]  # kept alive as long as the call
+    for name, array in arrays.items():
         setattr(call, name, ctypes.addressof(array))
     return call
 
@@ -109,8 +113,8 @@ def _scan_op(
 ) -> list[Tensor]:
     logits, streams = native.packed(logits), [native.packed(y) for y in streams]
     outputs = [torch.empty(logits.shape, dtype=logits.dtype) for _ in streams]
-    last = [torch.empty(logits.shape[0], logits.shape[2]) for _ in streams]
-    call = _call(logits, streams, bias, flags, chunk_size, out=outputs, initial=states, last=last)
+    last = [torch.empty(logits.shape[0], logits.shape[2], dtype=torch.float32) for _ in streams]
+    call = _call(logits, streams, bias, flags, chunk_size, {"out": outputs}, {"initial": states, "last": last})
     native.call("scan_forward", logits.dtype, ctypes.byref(call))
     return outputs + last
 
@@ -137,14 +141,13 @@ def _scan_backward_op(
     grad_outputs = [native.packed(x) for x in grad_outputs]
     grad_last = [x.contiguous() for x in grad_last]
     grad_logits, *grad_streams = (torch.empty(x.shape, dtype=x.dtype) for x in (logits, *streams))
-    grad_states = [torch.empty(x.shape) for x in grad_last]
-    call = _call(
-        *(logits, streams, bias, flags, chunk_size),
-        **{"out": outputs, "grad_out": grad_outputs, "grad_y": grad_streams},
-        **{"initial": states, "last": grad_states, "grad_last": grad_last},
-    )
+    grad_states = [torch.empty(x.shape, dtype=x.dtype) for x in grad_last]
+    per_token = {"out": outputs, "grad_out": grad_outputs, "grad_y": grad_streams}
+    per_row = {"initial": states, "last": grad_states, "grad_last": grad_last}
+    call = _call(logits, streams, bias, flags, chunk_size, per_token, per_row)
     call.grad_logits = native.strided(grad_logits)
-    parts = torch.zeros(native.library().rat_scan_parts(ctypes.byref(call)), logits.shape[2])
+    num_parts = native.library().rat_scan_parts(ctypes.byref(call))
+    parts = torch.zeros(num_parts, logits.shape[2], dtype=torch.float32)
     call.grad_bias = parts.data_ptr()
     native.call("scan_backward", logits.dtype, ctypes.byref(call))
     return [grad_logits, *grad_streams, parts.sum(0), *grad_states]
@@ -156,7 +159,7 @@ def _(
 ) -> list[Tensor]:
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (logits, *streams)]
     bias = logits.new_empty(logits.shape[2], dtype=torch.float32)
-    return [*grads, bias, *(torch.empty(x.shape, device=x.device) for x in grad_last)]
+    return [*grads, bias, *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in grad_last)]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

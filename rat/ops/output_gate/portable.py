@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def output_gate(gate_logits: Tensor, x: Tensor) -> Tensor:
-    """As the reference, in the dtype of its inputs."""
+    """As the reference, in the precision of its inputs."""
     return _OutputGate.apply(gate_logits, x)
 
 
@@ -15,7 +15,7 @@ class _OutputGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_logits: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(gate_logits, x)
-        return torch.sigmoid(gate_logits).mul_(x)
+        return torch.sigmoid(gate_logits).to(x.dtype).mul_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
