@@ -11,9 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rat.ops import chunk_attention, rotary
-from rat.ops.chunk_attention import portable
+from rat.ops.backend import why_not_native
+from rat.ops.chunk_attention import native, portable
 
 Maker = Callable[..., dict[str, Tensor]]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no C++"))
+every_backend = pytest.mark.parametrize("backend", ["reference", "portable", NATIVE])
+fast_backends = pytest.mark.parametrize("backend", ["portable", NATIVE])
+# what each is held to: only native computes in fp32 whatever it is given
+PRECISION = {"portable": (torch.float64, 1e-10), "native": (torch.float32, 2e-5)}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,9 @@ def inputs(draw: Callable[..., Tensor]) -> Maker:
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many blocks":
         monkeypatch.setattr(portable, "BLOCK_LOGITS", 64)
-        monkeypatch.setattr(portable, "FEWEST_ROWS", 3)
+        monkeypatch.setattr(native, "BLOCK_BYTES", 4 * 64)
+        for version in (portable, native):
+            monkeypatch.setattr(version, "FEWEST_ROWS", 3)
 
 
 def ends_of(k: Tensor, v: Tensor, chunk_size: int, rope_base: float | None) -> tuple[Tensor, Tensor]:
@@ -40,7 +48,7 @@ def ends_of(k: Tensor, v: Tensor, chunk_size: int, rope_base: float | None) -> t
 
 
 @pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@every_backend
 @pytest.mark.parametrize("rope_base", [None, 20.0])
 @pytest.mark.parametrize("chunk_size", [1, 4, 9, 40])
 def test_rows_at_different_offsets_equal_the_same_tokens_of_whole_rows(
@@ -69,7 +77,7 @@ def test_rows_at_different_offsets_equal_the_same_tokens_of_whole_rows(
 
 
 @pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@fast_backends
 @pytest.mark.parametrize("rope_base", [None, 20.0])
 @pytest.mark.parametrize("chunk_size", [1, 4, 9])
 def test_a_first_document_goes_on_from_its_ends_and_the_next_ones_start_anew(
@@ -98,33 +106,44 @@ def test_a_first_document_goes_on_from_its_ends_and_the_next_ones_start_anew(
             whole.append(torch.cat([op(*document) for document in documents], dim=1))
         return torch.cat(whole)[rows, tokens]
 
-    assert_same(differentiate(continued, values), differentiate(separate, values), 1e-10)
+    dtype, tolerance = PRECISION[backend]
+    assert_same(differentiate(continued, values, dtype), differentiate(separate, values, dtype), tolerance)
 
 
+@fast_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_given_ends_may_be_of_another_length_than_is_seen(dtype: torch.dtype, inputs: Maker) -> None:
+def test_given_ends_may_be_more_than_are_seen(dtype: torch.dtype, backend: str, inputs: Maker) -> None:
     q, k, v = (x.to(dtype) for x in inputs(2, 2, 6).values())
     offset, ends = torch.tensor([5, 2]), tuple(x.to(dtype) for x in list(inputs(3, 2, 9).values())[1:])
-    call = partial(chunk_attention, q, k, v, chunk_size=4, rope_base=20.0, offset=offset)
+    call = partial(chunk_attention, q, k, v, chunk_size=4, rope_base=20.0, offset=offset, backend=backend)
     needed = call(ends=(ends[0][:, :2], ends[1][:, :2]))  # chunks 1 and 2 of row 0 see two ends at most
     torch.testing.assert_close(call(ends=ends), needed)
     spoilt = tuple(torch.cat([x[:, :2], torch.full_like(x[:, 2:], 1e9)], dim=1) for x in ends)
     torch.testing.assert_close(call(ends=spoilt), needed)
 
 
+@every_backend
+def test_a_token_beyond_the_given_ends_sees_those_there_are(backend: str) -> None:
+    v = torch.tensor([1.0, 2, 4]).view(1, 3, 1, 1)
+    zero, ends = torch.zeros_like(v), (torch.zeros(1, 2, 1, 1), torch.tensor([8.0, 16.0]).view(1, 2, 1, 1))
+    out = chunk_attention(zero, zero, v, chunk_size=2, offset=torch.tensor([7]), ends=ends, backend=backend)
+    assert out.flatten().tolist() == pytest.approx([25 / 3, 26 / 3, 28 / 3])
+
+
+@every_backend
 def test_no_ends_at_all_are_enough_inside_the_first_chunk(
-    inputs: Maker, differentiate: Maker, assert_same: Callable[..., None]
+    backend: str, inputs: Maker, differentiate: Maker, assert_same: Callable[..., None]
 ) -> None:
     none = (torch.zeros(2, 0, 6, 4),) * 2
     options = {"chunk_size": 8, "rope_base": 20.0, "offset": torch.tensor([0, 4]), "ends": none}
     values = inputs(4, 2, 4)
-    for backend in ("reference", "portable"):
-        found = differentiate(partial(chunk_attention, backend=backend, **options), values, torch.float32)
-        assert_same({"output 0": found["output 0"]}, {"output 0": values["v"]})
-        assert (found["gradient of q"] == 0).all()
-        assert (found["gradient of k"] == 0).all()
+    found = differentiate(partial(chunk_attention, backend=backend, **options), values, torch.float32)
+    assert_same({"output 0": found["output 0"]}, {"output 0": values["v"]})
+    assert (found["gradient of q"] == 0).all()
+    assert (found["gradient of k"] == 0).all()
 
 
+@fast_backends
 @settings(deadline=None, derandomize=True, max_examples=20)
 @given(
     length=st.integers(1, 40),
@@ -137,6 +156,7 @@ def test_a_sequence_cut_into_calls_equals_one_call(
     chunk_size: int,
     rope_base: float | None,
     cuts: list[int],
+    backend: str,
     inputs: Maker,
     differentiate: Maker,
     assert_same: Callable[..., None],
@@ -153,10 +173,11 @@ def test_a_sequence_cut_into_calls_equals_one_call(
                     rope_base=rope_base,
                     offset=torch.full((2,), start),
                     ends=ends_of(k[:, :stop], v[:, :stop], chunk_size, rope_base),
+                    backend=backend,
                 )
             )
         return torch.cat(outputs, dim=1)
 
-    values = inputs(5, 2, length)
+    values, (dtype, tolerance) = inputs(5, 2, length), PRECISION[backend]
     one_call = partial(chunk_attention, chunk_size=chunk_size, rope_base=rope_base, backend="reference")
-    assert_same(differentiate(in_calls, values), differentiate(one_call, values), 1e-10)
+    assert_same(differentiate(in_calls, values, dtype), differentiate(one_call, values), tolerance)

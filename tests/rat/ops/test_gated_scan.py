@@ -10,20 +10,34 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rat.ops import gated_scan
+from rat.ops.backend import why_not_native
 from rat.ops.gated_scan import portable
 
 Maker = Callable[..., dict[str, Tensor]]
 LENGTHS = [1, 3, 4, 5, 17, 31, 32, 33, 101]
 SITUATIONS = ["zero state", "given state", "ragged rows", "documents", "ragged documents"]
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no C++"))
+every_backend = pytest.mark.parametrize("backend", ["reference", "portable", NATIVE])
+# what each is held to: only native computes in fp32 whatever it is given
+PRECISION = {"reference": (torch.float64, 1e-10), "portable": (torch.float64, 1e-10), "native": (torch.float32, 1e-5)}
 
 
-@pytest.fixture(params=["as shipped", "blocks of 4 tokens in slabs of 1", "blocks of 5 tokens in slabs of 3"])
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many tokens stand in a block, and how many of these blocks (of 2 rows, 6 channels) in a slab."""
-    if request.param != "as shipped":
+@pytest.fixture(
+    params=[
+        "portable",
+        "portable, blocks of 4 tokens in slabs of 1",
+        "portable, blocks of 5 tokens in slabs of 3",
+        NATIVE,
+    ]
+)
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fast version: its tokens in a block, and how many of these blocks (of 2 rows, 6 channels) stand in a slab."""
+    backend, *sizes = request.param.split(", ")
+    if sizes:
         block, slab = (4, 1) if "slabs of 1" in request.param else (5, 3)
         monkeypatch.setattr(portable, "BLOCK", block)
         monkeypatch.setattr(portable, "SLAB", slab * block * 2 * 6)
+    return backend
 
 
 @pytest.fixture
@@ -38,7 +52,7 @@ def options(ragged_ids: Callable[..., Tensor]) -> Callable[[str, int], dict[str,
     return make
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@every_backend
 def test_hand_made_numbers(backend: str) -> None:
     half, certain = torch.zeros(1, 3, 1), torch.tensor([[[40.0], [-40.0], [40.0]]])
     y = torch.tensor([[[1.0], [2.0], [4.0]]])
@@ -53,7 +67,7 @@ def test_hand_made_numbers(backend: str) -> None:
     assert out.flatten().tolist() == pytest.approx([0.25, 0.6875, 1.515625])
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@every_backend
 def test_a_narrow_stream_is_tiled_over_the_gate(backend: str) -> None:
     y = torch.tensor([[[1.0, 10.0]]])
     (out,), _ = gated_scan(torch.zeros(1, 1, 6), [y], backend=backend)
@@ -80,12 +94,12 @@ def test_reference_equals_a_dense_matrix(
     assert_same(differentiate(reference, inputs), differentiate(dense, inputs), 1e-9)
 
 
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_portable_equals_reference(
+def test_the_fast_versions_equal_the_reference(
     length: int,
     situation: str,
+    fast: str,
     scan_inputs: Maker,
     scanning: Callable[..., object],
     options: Callable[[str, int], dict[str, Tensor]],
@@ -95,15 +109,17 @@ def test_portable_equals_reference(
     inputs, given_options = scan_inputs(1, 2, length, situation != "zero state"), options(situation, length)
     ours, theirs = (
         differentiate(scanning(gated_scan, backend=backend, **given_options), inputs, dtype)
-        for backend, dtype in (("portable", torch.float32), ("reference", torch.float64))
+        for backend, dtype in ((fast, torch.float32), ("reference", torch.float64))
     )
     assert_same(ours, theirs)
 
 
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("several_widths", [True, False])
 def test_any_sizes_agree(
     seed: int,
+    several_widths: bool,
+    fast: str,
     draw: Callable[..., Tensor],
     differentiate: Maker,
     assert_same: Callable[..., None],
@@ -112,19 +128,42 @@ def test_any_sizes_agree(
     batch, length, narrow = choose.randint(1, 4), choose.randint(1, 80), choose.randint(1, 3)
     width, middle = narrow * choose.choice([2, 6]), narrow * 2
     inputs = {"gate_logits": draw(seed, batch, length, width)}
-    inputs |= {name: draw(seed + w, batch, length, w) for name, w in {"a": narrow, "b": middle, "c": width}.items()}
+    widths = {"a": narrow, "b": middle if several_widths else narrow, "c": width, "d": width}
+    inputs |= {name: draw(seed + i, batch, length, w) for i, (name, w) in enumerate(widths.items())}
 
-    def scan(gate_logits: Tensor, a: Tensor, b: Tensor, c: Tensor, backend: str) -> object:
-        return gated_scan(gate_logits, [a, b, c], backend=backend)
+    def scan(gate_logits: Tensor, backend: str, **streams: Tensor) -> object:
+        return gated_scan(gate_logits, list(streams.values()), backend=backend)
 
-    ours = differentiate(partial(scan, backend="portable"), inputs, torch.float32)
+    ours = differentiate(partial(scan, backend=fast), inputs, torch.float32)
     assert_same(ours, differentiate(partial(scan, backend="reference"), inputs))
 
 
-@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("backend", [NATIVE])
+def test_threads_that_share_the_columns_of_a_row_agree(
+    backend: str,
+    threads: int,
+    scanning: Callable[..., object],
+    draw: Callable[..., Tensor],
+    differentiate: Maker,
+    assert_same: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # two threads take the columns 0 to 63 and 64 to 79 of both tiles of 80
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = {"gate_logits": (1, 9, 160), "gate_bias": (160,), "v": (1, 9, 160), "k": (1, 9, 80)}
+    shapes |= {"v_state": (1, 160), "k_state": (1, 160)}
+    inputs = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+    ours, theirs = (
+        scanning(gated_scan, document_ids=torch.arange(9)[None] // 5, backend=b) for b in (backend, "reference")
+    )
+    assert_same(differentiate(ours, inputs, torch.float32), differentiate(theirs, inputs))
+
+
 @pytest.mark.parametrize("length", [5, 33, 101])
 def test_bf16_is_no_worse_than_the_plain_formula(
     length: int,
+    fast: str,
     scan_inputs: Maker,
     scanning: Callable[..., object],
     plain_scan: Callable[..., object],
@@ -134,13 +173,13 @@ def test_bf16_is_no_worse_than_the_plain_formula(
 ) -> None:
     inputs, ids = scan_inputs(2, 2, length), ragged_ids(0, 2, length, 20)
     plain = scanning(plain_scan, restart=ids.diff(dim=1, prepend=ids[:, :1]) != 0)
-    ours, exact = (scanning(gated_scan, backend=b, document_ids=ids) for b in ("portable", "reference"))
+    ours, exact = (scanning(gated_scan, backend=b, document_ids=ids) for b in (fast, "reference"))
     low = differentiate(ours, inputs, torch.bfloat16)
     assert_no_worse(low, differentiate(plain, inputs, torch.bfloat16), differentiate(exact, inputs))
     assert [low[f"output {i}"].dtype for i in range(4)] == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@every_backend
 def test_the_state_is_fp32_whatever_the_inputs(
     backend: str, scan_inputs: Maker, scanning: Callable[..., object], differentiate: Maker
 ) -> None:
@@ -155,10 +194,8 @@ def test_the_state_is_fp32_whatever_the_inputs(
         torch.testing.assert_close(low[f"output {i}"], exact[f"output {i}"].float(), atol=5e-6, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("_blocks")
-@pytest.mark.parametrize("backend", ["reference", "portable"])
 def test_packed_documents_equal_separate_ones(
-    backend: str,
+    fast: str,
     scan_inputs: Maker,
     scanning: Callable[..., object],
     differentiate: Maker,
@@ -174,22 +211,25 @@ def test_packed_documents_equal_separate_ones(
             initial: list[Tensor] | None = [s[b : b + 1] for s in states.values()]
             rows = []
             for logits, *streams in zip(*(x[b : b + 1].split(sizes, 1) for x in (gate_logits, v, k)), strict=True):
-                out, last = gated_scan(logits, streams, gate_bias=gate_bias, initial_state=initial, backend=backend)
+                out, last = gated_scan(logits, streams, gate_bias=gate_bias, initial_state=initial, backend=fast)
                 rows.append(out)
                 initial = None
             outputs.append([torch.cat(pieces, dim=1) for pieces in zip(*rows, strict=True)])
             finals.append(last)
         return [[torch.cat(x) for x in zip(*rows, strict=True)] for rows in (outputs, finals)]
 
-    packed = scanning(gated_scan, document_ids=ids, backend=backend)
-    assert_same(differentiate(packed, inputs), differentiate(separate, inputs), 1e-10)
+    dtype, tolerance = PRECISION[fast]
+    packed = scanning(gated_scan, document_ids=ids, backend=fast)
+    assert_same(differentiate(packed, inputs, dtype), differentiate(separate, inputs, dtype), tolerance)
 
 
+@pytest.mark.parametrize("backend", ["portable", NATIVE])
 @settings(deadline=None, derandomize=True, max_examples=15)
 @given(length=st.integers(1, 75), cuts=st.lists(st.integers(1, 74), max_size=4, unique=True))
 def test_a_sequence_cut_into_calls_equals_one_call(
     length: int,
     cuts: list[int],
+    backend: str,
     scan_inputs: Maker,
     scanning: Callable[..., object],
     differentiate: Maker,
@@ -202,19 +242,19 @@ def test_a_sequence_cut_into_calls_equals_one_call(
         for start, stop in pairwise(edges):
             now = slice(start, stop)
             out, state = gated_scan(
-                gate_logits[:, now], (v[:, now], k[:, now]), gate_bias=gate_bias, initial_state=state
+                gate_logits[:, now], (v[:, now], k[:, now]), gate_bias=gate_bias, initial_state=state, backend=backend
             )
             calls.append(out)
         return [torch.cat(pieces, dim=1) for pieces in zip(*calls, strict=True)], state
 
-    inputs = scan_inputs(5, 2, length)
+    inputs, (dtype, tolerance) = scan_inputs(5, 2, length), PRECISION[backend]
     one_call = scanning(gated_scan, backend="reference")
-    assert_same(differentiate(in_calls, inputs), differentiate(one_call, inputs), 1e-10)
+    assert_same(differentiate(in_calls, inputs, dtype), differentiate(one_call, inputs), tolerance)
 
 
-@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_that_are_open_or_shut_have_finite_gradients(
+    fast: str,
     dtype: torch.dtype,
     scan_inputs: Maker,
     scanning: Callable[..., object],
@@ -224,39 +264,41 @@ def test_gates_that_are_open_or_shut_have_finite_gradients(
     inputs = scan_inputs(6, 2, 70)
     inputs["gate_logits"] = inputs["gate_logits"].sign() * 40
     inputs["gate_bias"].zero_()
-    ours = differentiate(scanning(gated_scan, backend="portable"), inputs, dtype)
+    ours = differentiate(scanning(gated_scan, backend=fast), inputs, dtype)
     assert all(x.isfinite().all() for x in ours.values())
     if dtype == torch.float32:
         assert_same(ours, differentiate(scanning(gated_scan, backend="reference"), inputs))
 
 
+@pytest.mark.parametrize("backend", ["portable", NATIVE])
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_loss_of_only_the_outputs_or_only_the_last_states(
     part: int,
+    backend: str,
     scan_inputs: Maker,
     scanning: Callable[..., Callable[..., tuple[object, object]]],
     differentiate: Maker,
     assert_same: Callable[..., None],
 ) -> None:
-    ours, theirs = (scanning(gated_scan, backend=b) for b in ("portable", "reference"))
+    ours, theirs = (scanning(gated_scan, backend=b) for b in (backend, "reference"))
     inputs = scan_inputs(7, 2, 40)
     assert_same(*(differentiate(lambda op=op, **x: op(**x)[part], inputs, torch.float32) for op in (ours, theirs)))
 
 
-@pytest.mark.parametrize("backend", ["reference", "portable"])
+@every_backend
 def test_what_lies_past_a_rows_length_touches_nothing(
     backend: str, scan_inputs: Maker, scanning: Callable[..., object], differentiate: Maker
 ) -> None:
     lengths = torch.tensor([0, 9])
     inputs = scan_inputs(8, 2, 12)
     scan = scanning(gated_scan, lengths=lengths, backend=backend)
-    before = differentiate(scan, inputs)
+    before = differentiate(scan, inputs, PRECISION[backend][0])
     for name in ("gate_logits", "v", "k"):
         for row, length in enumerate(lengths.tolist()):
             inputs[name][row, length:] += 5
             assert (before[f"gradient of {name}"][row, length:] == 0).all()
-    assert all(torch.equal(x, before[name]) for name, x in differentiate(scan, inputs).items())
-    assert torch.equal(before["output 2"][0], inputs["v_state"][0])
+    assert all(torch.equal(x, before[name]) for name, x in differentiate(scan, inputs, PRECISION[backend][0]).items())
+    assert torch.equal(before["output 2"][0], inputs["v_state"][0].to(PRECISION[backend][0]))
 
 
 GOOD: dict[str, object] = {"gate_logits": torch.zeros(2, 5, 6), "streams": [torch.zeros(2, 5, 6), torch.zeros(2, 5, 3)]}
