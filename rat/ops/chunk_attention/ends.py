@@ -10,7 +10,10 @@ from rat.ops.rotary import rotary
 
 
 class Ends(NamedTuple):
-    """The keys and values at the last token of chunks, and the span of them that each token sees."""
+    """The keys and values at the last token of chunks, and the span of them that each token sees.
+
+    Neither bound ever falls from one token of a row to the next.
+    """
 
     keys: Tensor  # (B, E, H, d), rotated already
     values: Tensor  # (B, E, H, d)
