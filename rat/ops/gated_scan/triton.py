@@ -24,9 +24,11 @@ from rat.ops.launch import Cost, launch
 # Tokens that a program walks: where states are handed over, and at least (in whole chunks) where chunks are regular.
 SPAN = 64
 SHORTEST_SPAN = 32
-# Channels of a program, all tiles together: 8 for each thread, 16 bytes of a bf16 tensor.
+# Channels of a program, all tiles together: 8 for each thread, 16 bytes of a bf16 tensor. More than MANY_TILES leave a
+# thread too few registers for 8 (sm_100 spilled with 64 tiles), and get twice as many threads.
 CHANNELS = 1024
 NUM_WARPS = 4
+MANY_TILES = 32
 # Tokens in flight, the one at work included.
 STAGES = 3
 # A program holds all tiles of at least so many channels, 32 bytes in bf16, which is what memory hands out. A stream
@@ -171,7 +173,7 @@ class _Call(NamedTuple):
             self.spans,
             *(x.stride(0) for x in (self.logits, *_two(streams), *more)),
             cost=Cost(read, cost.bytes_written, cost.flops + GATE_FLOPS * self.logits.numel()),
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS if tile <= MANY_TILES else 2 * NUM_WARPS,
             num_stages=STAGES,
             WIDTH=narrow,
             TILES=self.width // narrow,
