@@ -47,6 +47,20 @@ class Workload:
         """Tokens of a row at the end."""
         return self.prompt_length + self.new_tokens
 
+    def state_bytes(self) -> int:
+        """Of the decoding state of a row at the end."""
+        return self.empty_model().cache_bytes(self.longest, self.dtype.itemsize)
+
+    def row_bytes(self) -> int:
+        """What one more row takes at least: its state, its new tokens, and the widest activation of a step."""
+        widest = max(self.config.vocab_size, 4 * self.config.d_model)
+        return self.state_bytes() + 8 * self.new_tokens + widest * self.dtype.itemsize
+
+    def empty_model(self) -> CausalLM:
+        """The model without memory for its weights, for counting."""
+        with torch.device("meta"):
+            return CausalLM(self.config).to(self.dtype)
+
 
 class Served(NamedTuple):
     """Seconds of the two halves, and the most bytes held: weights, cache, activations."""
@@ -66,10 +80,10 @@ def serve(workload: Workload, batch_size: int) -> Served | None:
             peak, model = _begin(workload)
             state = model.new_state(batch_size, workload.longest)
             start = time.perf_counter()
-            logits = torch.cat(list(_prefill(model, state, workload, batch_size)))
+            first = torch.cat(list(_prefill(model, state, workload, batch_size)))
             _wait(workload.device)
             middle = time.perf_counter()
-            _decode(model, state, logits, workload.new_tokens)
+            _decode(model, state, first, workload.new_tokens)
             _wait(workload.device)
             return Served(middle - start, time.perf_counter() - middle, peak.bytes())
     except (RuntimeError, MemoryError) as error:
@@ -95,8 +109,7 @@ def rehearse(workload: Workload, batch_size: int) -> int | None:
             for part in state:
                 part.lengths.fill_(workload.longest - 2)
                 part.longest = workload.longest - 2
-            logits = model.embedding.weight.new_zeros(batch_size, workload.config.vocab_size)
-            _decode(model, state, logits, 3)
+            _decode(model, state, torch.zeros_like(state[0].lengths), 3)
             return peak.bytes()
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -131,7 +144,7 @@ def _model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Cau
 
 
 def _prefill(model: CausalLM, state: list[LayerState], workload: Workload, batch_size: int) -> Iterator[Tensor]:
-    """Put random prompts into the empty `state`, a piece of the rows at a time; logits (rows, V) of each piece."""
+    """Put random prompts into the empty `state`, a piece of the rows at a time; the next token (rows,) of each."""
     length = workload.prompt_length
     count = max(1, PREFILL_TOKENS // length)
     for start in range(0, batch_size, count):
@@ -142,7 +155,7 @@ def _prefill(model: CausalLM, state: list[LayerState], workload: Workload, batch
             logits = model.step(ids[:, first : first + PREFILL_TOKENS], piece)
         for part, done in zip(state, piece, strict=True):
             _put_back(part, rows, done)
-        yield logits
+        yield logits.argmax(-1)
     for part in state:
         part.longest = length
 
@@ -162,13 +175,12 @@ def _put_back(state: LayerState, rows: slice, done: LayerState) -> None:
             target.copy_(x)
 
 
-def _decode(model: CausalLM, state: list[LayerState], logits: Tensor, new_tokens: int) -> Tensor:
-    """The likeliest continuation of every row, (B, new_tokens)."""
-    tokens = logits.new_empty(len(logits), new_tokens, dtype=torch.long)
-    for i in range(new_tokens):
-        tokens[:, i] = logits.argmax(-1)
-        if i + 1 < new_tokens:
-            logits = model.step(tokens[:, i, None], state)
+def _decode(model: CausalLM, state: list[LayerState], first: Tensor, new_tokens: int) -> Tensor:
+    """The likeliest continuation of every row from its first new token (B,) on; (B, new_tokens)."""
+    tokens = first.new_empty(len(first), new_tokens)
+    tokens[:, 0] = first
+    for i in range(1, new_tokens):
+        tokens[:, i] = model.step(tokens[:, i - 1, None], state).argmax(-1)
     return tokens
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 
-from rat import CausalLM, ModelConfig
+from rat import ModelConfig
 from rat.benchmarks.capacity import PRECISION, largest_batch
 from rat.benchmarks.floors import decode_work
 from rat.benchmarks.footprint import available_bytes
@@ -30,7 +30,7 @@ class Throughput:
 
     contender: str
     parameters: int
-    row_bytes: int  # decoding state of a row at the end
+    state_bytes: int  # of a row at the end
     batch_size: int
     peak_bytes: int  # the highest of all runs: weights, state and activations
     tokens_per_second: float | None = None  # of decoding, at the median time
@@ -159,10 +159,9 @@ class _Run:
 
     def __init__(self, name: str, workload: Workload, budget: int, rates: Rates) -> None:
         self.name, self.workload, self._budget, self._rates = name, workload, budget, rates
-        with torch.device("meta"):
-            self._model = CausalLM(workload.config).to(workload.dtype)
-        self._row_bytes = self._model.cache_bytes(workload.longest, workload.dtype.itemsize)
-        self.batch_size, self._rehearsed = largest_batch(self._peak_of, int((1 - HEADROOM) * budget), self._row_bytes)
+        self._model = workload.empty_model()
+        aim = int((1 - HEADROOM) * budget)
+        self.batch_size, self._rehearsed = largest_batch(self._peak_of, aim, workload.row_bytes())
         self._served: list[Served] = []
 
     def _peak_of(self, batch_size: int) -> int | None:
@@ -180,7 +179,7 @@ class _Run:
                 continue
             if self.batch_size == 1:
                 raise ValueError(f"{self.name}: one row does not stay within the budget: raise --memory_gb")
-            excess = 0 if served is None else (served.peak_bytes - self._budget) // self._row_bytes
+            excess = 0 if served is None else int(self.batch_size * (1 - self._budget / served.peak_bytes))
             self.batch_size -= min(self.batch_size - 1, max(excess, 1 + int(PRECISION * self.batch_size)))
             print(f"{self.name}: not within the budget, once more with a batch of {self.batch_size}", flush=True)
             self._served.clear()
@@ -191,7 +190,7 @@ class _Run:
         floor = decode_work(self._model, self.batch_size, middle).floor(self._rates)
         steps = self.workload.new_tokens - 1
         common: Any = {"contender": self.name, "parameters": self._model.num_parameters()}
-        common |= {"row_bytes": self._row_bytes, "batch_size": self.batch_size}
+        common |= {"state_bytes": self.workload.state_bytes(), "batch_size": self.batch_size}
         common |= {"floor_seconds": steps * floor.seconds, "floor_limit": floor.limit}
         if not self._served:
             return Throughput(**common, peak_bytes=self._rehearsed)
@@ -231,7 +230,7 @@ def _lines(table: Sequence[Throughput]) -> list[str]:
     lines = [f"\n{'':<24}{columns}  {'set by':<11}{'with prompt':>12}{'ratio':>8}"]
     for row in table:
         lines.append(
-            f"{row.contender:<24}{row.batch_size:>7}{row.peak_bytes / 1e9:>9.3f}{row.row_bytes / 1e3:>10.1f}"
+            f"{row.contender:<24}{row.batch_size:>7}{row.peak_bytes / 1e9:>9.3f}{row.state_bytes / 1e3:>10.1f}"
             f"{row.tokens_per_second:>11.1f}{row.iqr_tokens_per_second:>9.1f}{row.ratio:>7.2f}x"
             f"{row.times_floor:>9.2f}  {row.floor_limit:<11}"
             f"{row.with_prompt_tokens_per_second:>12.1f}{row.with_prompt_ratio:>7.2f}x"

@@ -51,8 +51,8 @@ def test_it_generates_what_the_model_does(
     monkeypatch.setattr(serving.torch, "randint", watched)
     with torch.inference_mode():
         state = model.new_state(3, 12)
-        logits = torch.cat(list(serving._prefill(model, state, workload(*pattern), 3)))
-        tokens = serving._decode(model, state, logits, 5)
+        first = torch.cat(list(serving._prefill(model, state, workload(*pattern), 3)))
+        tokens = serving._decode(model, state, first, 5)
     assert len(prompts) == {4096: 1, 14: 2, 5: 3}[piece]
     assert tokens.tolist() == model.generate(list(torch.cat(prompts)), max_new_tokens=5)
 

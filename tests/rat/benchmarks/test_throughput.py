@@ -40,7 +40,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     def run(function: Callable[..., object], workload: Workload, batch: int) -> int | Served:
         name = workload.config.pattern[0]
         calls.append((function.__name__, name, batch))
-        peak = FIXED + batch * (row_bytes(name) + EXTRA)
+        peak = FIXED + batch * (state_bytes(name) + EXTRA)
         if function is rehearse:
             return peak
         assert function is serve
@@ -51,7 +51,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     return calls
 
 
-def row_bytes(name: str) -> int:
+def state_bytes(name: str) -> int:
     """Of 13 tokens in two layers, fp32."""
     return 4 * 2 * {"attention": 2 * 13 * 16, "rat": 2 * 4 * 16 + 2 * 16, "rnn": 16}[name]
 
@@ -63,10 +63,10 @@ def test_batches_fill_the_budget_and_the_models_take_turns(
     for row in table:
         name = row.contender
         limit = (1 - throughput.HEADROOM) * 100_000
-        assert FIXED + row.batch_size * (row_bytes(name) + EXTRA) == row.peak_bytes <= limit
+        assert FIXED + row.batch_size * (state_bytes(name) + EXTRA) == row.peak_bytes <= limit
         step = max(1, int(0.02 * row.batch_size))
-        assert FIXED + (row.batch_size + step) * (row_bytes(name) + EXTRA) > limit
-        assert row.row_bytes == row_bytes(name)
+        assert FIXED + (row.batch_size + step) * (state_bytes(name) + EXTRA) > limit
+        assert row.state_bytes == state_bytes(name)
     attention, rat = table
     assert [call[1] for call in log if call[0] == "serve"] == ["attention", "rat"] * 3
     # steps for four of five new tokens; two, four and six seconds
@@ -118,7 +118,7 @@ def test_a_run_that_takes_more_than_its_rehearsal_is_made_again_with_fewer_rows(
     monkeypatch.setattr(throughput, "in_fresh_process", heavier)
     table = bench(repeats=2)
     for row in table:
-        assert row.peak_bytes == FIXED + 30_000 + row.batch_size * (row_bytes(row.contender) + EXTRA) <= 100_000
+        assert row.peak_bytes == FIXED + 30_000 + row.batch_size * (state_bytes(row.contender) + EXTRA) <= 100_000
         assert row.batch_size > 10
         assert len(row.decode_seconds) == 2
     assert "rat: not within the budget, once more with a batch of" in capsys.readouterr().out
