@@ -77,13 +77,20 @@ float exponentials(int64_t n, float* x) {
   return sum;
 }
 
+// Vectors that are stored and loaded again at once must not straddle lines of the cache: all start at one.
+struct alignas(64) Line {
+  float numbers[16];
+};
+constexpr int64_t whole_lines(int64_t n) { return (n + 15) / 16 * 16; }
+
 template <class T>
-void decode(const Call& call, int64_t b, int64_t h, std::vector<float>& memory) {
+void decode(const Call& call, int64_t b, int64_t h, std::vector<Line>& memory) {
   const int64_t d = call.width, half = d / 2, chunk = call.lengths[b] / call.chunk_size;
   const int64_t channel = h * d, shared = h % call.groups * d;
   const bool begun = call.lengths[b] % call.chunk_size;
-  memory.resize(3 * d + chunk + 1);
-  float *query = memory.data(), *end = query + d, *sum = end + d, *weights = sum + d;
+  memory.resize((3 * whole_lines(d) + whole_lines(chunk + 1)) / 16);
+  float *query = memory.data()->numbers, *end = query + whole_lines(d), *sum = end + whole_lines(d);
+  float* weights = sum + whole_lines(d);
 
   float *key = call.key_state.at<float>(b, channel), *value = call.value_state.at<float>(b, channel);
   const T* logits = call.gate_logits.at<T>(b, channel);
@@ -113,7 +120,7 @@ template <class T>
 void run(const Call& call) {
 #pragma omp parallel num_threads(call.num_threads)
   {
-    std::vector<float> memory;
+    std::vector<Line> memory;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < call.batch * call.heads; i++) decode<T>(call, i / call.heads, i % call.heads, memory);
   }
