@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rat.ops.chunk_scan import portable
 from rat.ops.gated_scan import native
 
 
@@ -18,6 +19,10 @@ def chunk_scan(
     regular: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """As the reference; `regular` says that chunks start at tokens 0, L, 2L, ... of full rows."""
+    if not native.has_kernels(gate_logits, streams):
+        return portable.chunk_scan(
+            gate_logits, streams, gate_bias, initial_state, chunk_positions, frozen, chunk_size, regular
+        )
     if regular:
         return native.scan(gate_logits, streams, gate_bias, None, None, None, chunk_size)
     return native.scan(gate_logits, streams, gate_bias, initial_state, chunk_positions == 0, frozen, 0)

@@ -25,7 +25,14 @@ def gated_scan(
     frozen: Tensor | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """As the reference."""
-    return scan(gate_logits, streams, gate_bias, initial_state, restart, frozen, 0)
+    run = scan if has_kernels(gate_logits, streams) else portable.scan
+    return run(gate_logits, streams, gate_bias, initial_state, restart, frozen, 0)
+
+
+def has_kernels(gate_logits: Tensor, streams: Sequence[Tensor]) -> bool:
+    """Whether `scan` takes these: in fp32 or bf16, all as wide as the gate or of one narrower width."""
+    narrow = {y.shape[-1] for y in streams} - {gate_logits.shape[-1]}
+    return len(narrow) <= 1 and native.supports(gate_logits, *streams)
 
 
 def scan(
@@ -38,9 +45,6 @@ def scan(
     chunk_size: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The gated scan; a `chunk_size` above 0 says that every so many tokens the state starts from zero."""
-    narrow = {y.shape[-1] for y in streams} - {gate_logits.shape[-1]}
-    if len(narrow) > 1 or not native.supports(gate_logits, *streams):
-        return portable.scan(gate_logits, streams, gate_bias, initial_state, restart, frozen, chunk_size)
     flags = None
     if restart is not None or frozen is not None:
         masks = [m.to(torch.uint8) * bit for m, bit in ((restart, 1), (frozen, 2)) if m is not None]
