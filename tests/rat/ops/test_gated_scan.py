@@ -301,6 +301,16 @@ def test_what_lies_past_a_rows_length_touches_nothing(
     assert torch.equal(before["output 2"][0], inputs["v_state"][0].to(PRECISION[backend][0]))
 
 
+@every_backend
+def test_streams_keep_their_dtypes_whatever_the_gates(backend: str, draw: Callable[..., Tensor]) -> None:
+    logits, v, k = draw(0, 2, 7, 6), draw(1, 2, 7, 6), draw(2, 2, 7, 2)
+    expected, _ = gated_scan(logits, (v, k), backend="reference")
+    for dtype, other in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        outputs, finals = gated_scan(logits.to(dtype), (v.to(other), k.to(dtype)), backend=backend)
+        assert [x.dtype for x in (*outputs, *finals)] == [other, dtype, torch.float32, torch.float32]
+        torch.testing.assert_close(outputs, expected, atol=1e-2, rtol=1e-2, check_dtype=False)
+
+
 GOOD: dict[str, object] = {"gate_logits": torch.zeros(2, 5, 6), "streams": [torch.zeros(2, 5, 6), torch.zeros(2, 5, 3)]}
 
 
