@@ -31,6 +31,9 @@ NUM_WARPS = 4
 MANY_TILES = 32
 # Tokens in flight, the one at work included.
 STAGES = 3
+# Channels of one warp that hands states over, and spans in flight: with little to compute, it waits for memory only.
+HAND_OVER_CHANNELS = 128
+HAND_OVER_STAGES = 8
 # A program holds all tiles of at least so many channels, 32 bytes in bf16, which is what memory hands out. A stream
 # that is tiled more often than MOST_TILES is repeated in memory instead.
 FEWEST_CHANNELS = 16
@@ -201,7 +204,7 @@ class _Call(NamedTuple):
         cost = Cost(_size(*streams), _size(increments, products), self.flops(STATE_FLOPS) + self.logits.numel())
         self.walk(kernels.span_summary, streams, increments, products, cost=cost, REVERSE=reverse)
         entries = torch.empty_like(increments)
-        block = min(triton.next_power_of_2(self.width), CHANNELS // 4)
+        block = min(triton.next_power_of_2(self.width), HAND_OVER_CHANNELS)
         launch(
             kernels.hand_over,
             (self.batch * triton.cdiv(self.width, block),),
@@ -212,11 +215,11 @@ class _Call(NamedTuple):
             self.spans,
             cost=Cost(_size(first, increments, products), _size(entries), 2 * entries.numel()),
             num_warps=1,
-            num_stages=STAGES,
+            num_stages=HAND_OVER_STAGES,
             D=self.width,
             STREAMS=len(streams),
             BLOCK=block,
-            STAGES=STAGES,
+            STAGES=HAND_OVER_STAGES,
             REVERSE=reverse,
         )
         return entries

@@ -54,6 +54,7 @@ def _small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "SPAN", 4)
     monkeypatch.setattr(scans, "SHORTEST_SPAN", 5)
     monkeypatch.setattr(scans, "CHANNELS", 4)
+    monkeypatch.setattr(scans, "HAND_OVER_CHANNELS", 4)
     monkeypatch.setattr(scans, "FEWEST_CHANNELS", 1)
     monkeypatch.setattr(chunks, "LONGEST_WALK", 6)
 
