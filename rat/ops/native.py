@@ -67,8 +67,10 @@ def why_not_native() -> str | None:
     """What keeps the CPU kernels from running on this machine; None if nothing does."""
     try:
         library()
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         return str(error)
+    except OSError as error:
+        return f"their library cannot be kept or loaded: {error} (XDG_CACHE_HOME names another folder for it)"
     return None
 
 
@@ -82,9 +84,9 @@ def library() -> ctypes.CDLL:
     """
     here = Path(__file__).parent
     sources = sorted(here.glob("*/native.cpp"))
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
-        raise RuntimeError("there is no C++ compiler (c++, or the one that CXX names)")
+        raise RuntimeError("there is no C++ compiler (install one as c++, or let CXX name it)")
     identity = [compiler, *_OPTIONS, _processor(), *(p.read_text() for p in (here / "native.h", *sources))]
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     target = _cache() / f"kernels-{digest}.so"
@@ -100,7 +102,8 @@ def _build(command: list[str], sources: list[Path], target: Path) -> None:
         built = Path(folder) / target.name
         made = subprocess.run([*command, "-o", built, *sources], capture_output=True, text=True, check=False)
         if made.returncode:
-            raise RuntimeError(f"{command[0]} cannot compile the CPU kernels: {made.stderr.strip()[-500:]}")
+            cause = next((line for line in made.stderr.splitlines() if "error" in line), f"status {made.returncode}")
+            raise RuntimeError(f"{command[0]} cannot compile them: {cause}")
         built.replace(target)
 
 
