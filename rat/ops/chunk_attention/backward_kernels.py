@@ -1,11 +1,10 @@
-"""Triton kernels of chunk attention, backward: one walks over tokens, one over chunk ends, none needs an atomic.
+"""Triton kernels of chunk attention, backward; none needs an atomic, so that gradients are the same in every run.
 
-Both form the probabilities anew from the log-sum-exp. The first takes a block of tokens and all heads of one query
-group, so that the sum over heads that a query's gradient needs stays in registers; it also writes the own terms of dk
-and dv and, for the second, each row's delta = do . out. The second takes a tile of ends of one head and a range of the
-tokens that see them. The ranges exist because there are few ends: L tokens share one, and one tile for each
-processor may be all there is. Their fp32 sums are added in a fixed order by a third, which also undoes the
-rotation of the keys and brings both gradients home.
+All form the probabilities anew from the log-sum-exp. `backward_own` reads and writes what every token has for itself:
+its row's delta = grad . out and the own terms. `backward_queries` takes a block of tokens and all heads of one query
+group, so that a query's sum over those heads stays in registers. `backward_ends` takes a tile of ends of one head and
+a share of the tokens that see them: L tokens have one end, so that there may be fewer tiles than a GPU has processors.
+`bring_home` adds the shares' fp32 sums in a fixed order, turns the keys back and adds both to the tokens' gradients.
 """
 
 # ruff: noqa: N803
@@ -173,23 +172,23 @@ def ends_gradient(
     return acc_k, acc_v
 
 
-@triton.jit(do_not_specialize=["batches", "length", "heads", "groups", "chunk_size", "ends", "splits", "turned_batch",
+@triton.jit(do_not_specialize=["batches", "length", "heads", "groups", "chunk_size", "ends", "shares", "turned_batch",
                                "turned_token", "turned_head", "grad_batch", "grad_token", "grad_head", "key_batch",
                                "key_head", "key_end", "value_batch", "value_head", "value_end"])  # fmt: skip
 def backward_ends(
     turned, end_keys, end_values, spans, ranges, lse, grad, delta, sums,
-    batches, length, heads, groups, chunk_size, ends, splits, scale,
+    batches, length, heads, groups, chunk_size, ends, shares, scale,
     turned_batch, turned_token, turned_head, grad_batch, grad_token, grad_head,
     key_batch, key_end, key_head, value_batch, value_end, value_head,
     SPANS: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums (2, splits, B, H, E, d): what each range of tokens does to the ends' keys (turned) and values."""
+    """sums (2, shares, B, H, E, d): what each share of the tokens does to the ends' keys (turned) and values."""
     program = tl.program_id(0)
     head = program % heads
     batch = program // heads % batches
-    split = program // (heads * batches) % splits
-    tile = program // (heads * batches * splits)
+    part = program // (heads * batches) % shares
+    tile = program // (heads * batches * shares)
     slots = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = slots < ends
     # tokens low ... high see an end of the tile, those from `full` on all of them
@@ -202,11 +201,10 @@ def backward_ends(
         low = (tile * BLOCK_N + 1) * chunk_size
         full = (tile + 1) * BLOCK_N * chunk_size
         high = length
-    share = tl.cdiv(tl.cdiv(high - low, BLOCK_M), splits) * BLOCK_M
-    start = low + split * share
+    share = tl.cdiv(tl.cdiv(high - low, BLOCK_M), shares) * BLOCK_M
+    start = low + part * share
     stop = tl.minimum(start + share, high)
-    # in whole blocks, so that the blocks without a mask begin where one with a mask ended
-    edge = tl.minimum(start + tl.cdiv(tl.maximum(full - start, 0), BLOCK_M) * BLOCK_M, stop)
+    edge = tl.minimum(tl.maximum(full, start), stop)
 
     key = end_keys + offsets(batch, key_batch, ALIGN) + offsets(head, key_head, ALIGN)
     key = load_rows(key, offsets(slots, key_end, ALIGN), inside, WIDTH, BLOCK_D)
@@ -230,21 +228,21 @@ def backward_ends(
         )  # fmt: skip
 
     plane = (batches * heads).to(tl.int64) * ends * WIDTH
-    target = sums + split * plane + (batch * heads + head).to(tl.int64) * ends * WIDTH
+    target = sums + part * plane + (batch * heads + head).to(tl.int64) * ends * WIDTH
     rows = offsets(slots, WIDTH, ALIGN)
     store_rows(target, rows, inside, acc_k, WIDTH, BLOCK_D)
-    store_rows(target + splits * plane, rows, inside, acc_v, WIDTH, BLOCK_D)
+    store_rows(target + shares * plane, rows, inside, acc_v, WIDTH, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batches", "heads", "ends", "splits", "batch_stride",
+@triton.jit(do_not_specialize=["batches", "heads", "ends", "shares", "batch_stride",
                                "end_stride"])  # fmt: skip
 def bring_home(
     sums, cos, sin, grad_k, grad_v,
-    batches, heads, ends, splits, scale, batch_stride, end_stride,
+    batches, heads, ends, shares, scale, batch_stride, end_stride,
     ADD: tl.constexpr, ROTARY: tl.constexpr, ALIGN: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Sum over the splits; add to the token that was the end, keys turned back, or write given ends' gradients."""
+    """Sum over the shares: add to the token that was the end, keys turned back, or write given ends' gradients."""
     program = tl.program_id(0)
     head = program % heads
     batch = program // heads % batches
@@ -255,9 +253,9 @@ def bring_home(
     rows = offsets(slots, WIDTH, ALIGN)
     sum_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     sum_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for split in range(splits):
-        sum_k += load_rows(source + split * plane, rows, inside, WIDTH, BLOCK_D)
-        sum_v += load_rows(source + (splits + split) * plane, rows, inside, WIDTH, BLOCK_D)
+    for part in range(shares):
+        sum_k += load_rows(source + part * plane, rows, inside, WIDTH, BLOCK_D)
+        sum_v += load_rows(source + (shares + part) * plane, rows, inside, WIDTH, BLOCK_D)
     sum_k *= scale
     if ROTARY:
         cos_tile, sin_tile = load_angles(cos, sin, slots, inside, WIDTH, BLOCK_D)

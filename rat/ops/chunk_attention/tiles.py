@@ -26,7 +26,7 @@ def forward_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
         return _fp32_tiles(width)
     if width > 128:
         return Tiles(64, 64 if chip >= (9, 0) else 32, 8)
-    return Tiles(128, 64, 8 if width > 64 else 4)
+    return Tiles(128, 64, 8)
 
 
 def query_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
@@ -35,7 +35,7 @@ def query_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
         return _fp32_tiles(width)
     if width > 128:
         return Tiles(64, 32, 8)
-    return Tiles(128, 64 if chip >= (9, 0) else 32, 8)
+    return Tiles(128, 64 if chip >= (9, 0) or width <= 64 else 32, 8)
 
 
 def end_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:

@@ -4,12 +4,12 @@ Nothing is kept for the backward but inputs, output and log-sum-exp. In rows of 
 and v where they lie, a token every L, and their gradients are added there; only the keys, turned by their chunk, are
 written out anew (1 / L of k). With documents or given ends each token has a span of ends.
 
-What must be moved is every input once and every output once. By count the launches move more: each block of tokens
-reads the ends before it, and each tile of ends the tokens after it, as in any flash attention. Those readings are
-what a level-two cache absorbs, because neighbouring programs ask for the same rows at the same time: all heads of a
-block stand side by side (they share q), and the ends of all heads, 2 T D / L numbers, fit it as a whole in
-the usual sizes. The backward reads the outputs' gradient twice from memory, which keeps own terms and tiles out of
-each other's registers, and the ends' gradients pass through fp32 sums, 8 / L of k's elements in bytes.
+Moved must be every input once and every output once. By count the launches move more: each block of tokens reads the
+ends before it, and each tile of ends the tokens after it, as in any flash attention. What is read again lies in the
+level-two cache as a rule: all heads of a block stand side by side, so that a group's queries come from memory once,
+and the ends of all heads, 2 T D / L numbers for each row, are small. Memory itself sees more in the backward, where
+three launches read the output's gradient, which keeps own terms, queries and ends out of each other's registers, and
+fp32 sums of the ends' gradients are written and read.
 """
 
 import math
