@@ -12,7 +12,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 LOCK = {
     canonicalize_name(requirement.name): requirement
     for line in (ROOT / "requirements.lock").read_text().splitlines()
@@ -54,3 +55,13 @@ def test_conda_gets_the_lock_and_a_python_that_fits() -> None:
     name, _, wanted = python.partition("=")
     assert name == "python"
     assert Version(wanted) in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_an_installed_package_carries_the_sources_of_its_kernels() -> None:
+    shipped = {
+        path
+        for package, patterns in SETTINGS["tool"]["setuptools"]["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
+    }
+    assert {path for kind in ("*.cpp", "*.h") for path in (ROOT / "rat").rglob(kind)} <= shipped

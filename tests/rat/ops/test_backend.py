@@ -15,6 +15,7 @@ CALLS: dict[str, Callable[..., object]] = {
     "gated_scan": lambda **which: ops.gated_scan(X[0], [X[0]], **which),
     "chunk_scan": lambda **which: ops.chunk_scan(X[0], [X[0]], chunk_size=2, **which),
     "chunk_attention": lambda **which: ops.chunk_attention(X, X, X, chunk_size=2, **which),
+    "output_gate": lambda **which: ops.output_gate(X[0], X[0], **which),
     "rotary": lambda **which: ops.rotary(X, torch.arange(3), **which),
     "sliding_window_attention": lambda **which: ops.sliding_window_attention(X, X, X, window_size=1, **which),
 }
