@@ -181,7 +181,8 @@ def test_bf16_is_rounded_to_nearest_ties_to_even() -> None:
     # half of a state in fp32, whose bits go beyond those of bf16
     any_bits = torch.linspace(-3, 3, 20_001)
     ties = (any_bits.bfloat16().float().view(torch.int32) | 0x8000).view(torch.float32)
-    state = torch.cat([any_bits, ties, torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38])])
+    full_nan = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)  # whose rounding would carry over
+    state = torch.cat([any_bits, ties, torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38]), full_nan])
     zeros = torch.zeros(1, 1, len(state), dtype=torch.bfloat16)
     (out,), (last,) = gated_scan(zeros, [zeros], initial_state=[state[None]], backend="native")
     equal(last[0], state / 2)

@@ -40,6 +40,12 @@ def test_the_fast_versions_equal_the_reference(
 
 
 @fast_backends
+def test_one_token_of_longer_rows(backend: str, inputs: Maker) -> None:
+    z, x = (tensor.float() for tensor in inputs(3, 4, 5).values())
+    torch.testing.assert_close(output_gate(z[:, 2:3], x[:, 2:3], backend=backend), (torch.sigmoid(z) * x)[:, 2:3])
+
+
+@fast_backends
 def test_bf16_is_no_worse_than_the_plain_formula(
     backend: str, inputs: Maker, differentiate: Maker, assert_no_worse: Callable[..., None]
 ) -> None:
