@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Workers that share the cores would wait for each other's threads; read where PyTorch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import numpy as np
 import pytest
 import torch

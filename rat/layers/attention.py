@@ -129,6 +129,8 @@ class SlidingWindowAttention(Attention):
     def _look_back(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: LayerState, lengths: Tensor | None
     ) -> Tensor:
+        if q.shape[1] == 1 and lengths is None:
+            return self._look_back_from_one(q, k, v, state)
         in_ring = self._ring_positions(state.lengths)
         keys, values = (
             torch.cat([state.tensors[name], y.transpose(1, 2).to(state.tensors[name].dtype)], dim=2)
@@ -139,6 +141,15 @@ class SlidingWindowAttention(Attention):
         mixed = _masked(q, keys, values, known[:, None] & (distance >= 0) & (distance <= self.window_size))
         self._remember(k, v, state, lengths)
         return mixed
+
+    def _look_back_from_one(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState) -> Tensor:
+        """One token of every row takes the slot of the token that leaves its window; then it sees the whole ring."""
+        rows = torch.arange(k.shape[0], device=k.device)
+        slot = state.lengths % (self.window_size + 1)
+        for name, y in (("keys", k), ("values", v)):
+            state.tensors[name][rows, :, slot] = y[:, 0].to(state.tensors[name].dtype)
+        known = self._ring_positions(state.lengths + 1) >= 0
+        return _masked(q, state.tensors["keys"], state.tensors["values"], known[:, None])
 
     def _can_crop(self, before: Tensor, after: Tensor) -> Tensor:
         return (before <= self.window_size + 1) | (after == before - 1)

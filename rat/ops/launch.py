@@ -5,7 +5,7 @@ the types of their arguments, so that a machine without a GPU can compile exactl
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,7 +108,9 @@ def launch(
             )
         )
         return
-    kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current one
+        kernel[grid](*args, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
 def _is_unaligned(argument: Tensor | int | float) -> bool:

@@ -23,6 +23,8 @@ _OPTIONS = (
     # What the vectorizer needs; infinities and NaNs keep their meaning.
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
+# Of a thread's share, the same as in PyTorch's own elementwise operations.
+FEWEST_ELEMENTS = 32768
 _NAMES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
@@ -55,6 +57,11 @@ def pointer(x: Tensor | None) -> int | None:
 def supports(*tensors: Tensor) -> bool:
     """Whether there are kernels for these tensors' dtype, the same for all of them."""
     return len({x.dtype for x in tensors}) == 1 and tensors[0].dtype in _NAMES
+
+
+def threads(work: int) -> int:
+    """How many threads `work` elements deserve: waking one costs as much as a pass over some thousands of them."""
+    return max(1, min(torch.get_num_threads(), work // FEWEST_ELEMENTS))
 
 
 def call(name: str, dtype: torch.dtype, *args: object) -> None:

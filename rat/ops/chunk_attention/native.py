@@ -151,10 +151,11 @@ class _Work:
         self.logits, self.grad_logits = (call.scratch(name, dtype, count, seen) for name in ("logits", "grad_logits"))
         own, delta = (call.scratch(name, torch.float32, batch * heads, count) for name in ("own", "delta"))
         tables = call.tables or (None, None)
+        threads = native.threads(count * (batch * heads * width + seen))
         inside = {"queries": self.queries, "block_out": self.block_out, "block_grad": self.block_grad}
         inside |= {"logits": self.logits, "grad_logits": self.grad_logits, "own": own, "delta": delta}
         self.struct = _Block(
-            *(batch, heads, groups, width, rows.start, count, seen, length, torch.get_num_threads(), width**-0.5),
+            *(batch, heads, groups, width, rows.start, count, seen, length, threads, width**-0.5),
             *(native.pointer(x) for x in (call.first, call.last, call.chunk, *tables)),
             **{name: native.strided(x) for name, x in (("q", call.q), ("k", call.k), ("v", call.v))},
             **{name: native.strided(x) for name, x in tensors.items() if name != "log_sum_exp"},

@@ -88,10 +88,11 @@ def _decode_op(
     if rope_base is not None:
         tables = angles(lengths // chunk_size, width, rope_base, torch.float32)
     lengths = lengths.contiguous()
+    threads = native.threads(2 * batch * heads * width * (longest // chunk_size + 1))
     new = [packed(x) for x in (gate_logits, q.flatten(1), k, v)]
     with packed_in_place(value_state, key_state, end_keys, end_values) as (*states, keys, values):
         call = _Call(
-            *(batch, heads, q.shape[1], width, chunk_size, torch.get_num_threads(), width**-0.5),
+            *(batch, heads, q.shape[1], width, chunk_size, threads, width**-0.5),
             *(native.pointer(x) for x in (lengths, bias, *tables)),
             *(_Rows(x.data_ptr(), x.stride(0)) for x in (*new, *states, out)),
             *(_Cache(x.data_ptr(), *x.stride()[:3]) for x in (keys, values)),

@@ -89,7 +89,7 @@ def _call(
         narrow=min(y.shape[-1] for y in streams),
         num_streams=len(streams),
         chunk_size=chunk_size,
-        num_threads=torch.get_num_threads(),
+        num_threads=native.threads(logits.numel()),
         flags=native.pointer(flags),
         bias=native.pointer(bias),
         logits=native.strided(logits),

@@ -30,7 +30,7 @@ def _row_distance(z: Tensor) -> int:
 
 
 def _shape(x: Tensor) -> tuple[ctypes.c_int64, ...]:
-    return _I64(x.shape[0] * x.shape[1]), _I64(x.shape[2]), _I64(torch.get_num_threads())
+    return _I64(x.shape[0] * x.shape[1]), _I64(x.shape[2]), _I64(native.threads(x.numel()))
 
 
 def _at(x: Tensor) -> ctypes.c_void_p:
