@@ -1,11 +1,14 @@
 # Everything runs in a virtual environment of its own: make VENV=path PYTHON=python3.12 <target> to choose.
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format figures clean
+.PHONY: help install quickstart test test-slow gpu-check lint format figures clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+
+# The layer of the paper's models.
+GPU_LAYER := --dtype bfloat16 --d_model 2048 --mixers '[attention, rat, sliding_window, rnn]'
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +32,13 @@ test: install lint ## Lint, type-check and run the tests
 
 test-slow: install ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+gpu-check: install ## Check and time the kernels on an NVIDIA GPU; the tables go into docs/kernels.md (half an hour)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check needs an NVIDIA GPU and a PyTorch for CUDA; this is torch %s without one" % torch.__version__)'
+	$(BIN)/python -m pytest -n 0 -m gpu tests
+	$(BIN)/python cli.py bench kernels --page docs/kernels.md
+	$(BIN)/python cli.py bench layer --device cuda $(GPU_LAYER) --modes '[train, prefill]' --seq_lens '[1024, 4096, 16384, 32768]'
+	$(BIN)/python cli.py bench layer --device cuda $(GPU_LAYER) --modes '[decode]' --seq_lens '[4096]' --batch_size 64
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check

@@ -3,8 +3,9 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ COMMANDS = {
     "bench memory": Command("rat.benchmarks.memory:memory_benchmark", "bytes of layers: kept, at most, in the cache"),
     "bench throughput": Command(
         "rat.benchmarks.throughput:throughput_benchmark", "tokens/s of models at the largest batch that fits"
+    ),
+    "bench kernels": Command(
+        "rat.benchmarks.kernels:kernels_benchmark", "GPU kernels: check and time; --compile-only: without a GPU"
     ),
     "bench prepare": Command(
         "datamodules.prepare_benchmark:prepare_throughput", "tokens/s and memory of prepare pretrain"
@@ -106,9 +110,22 @@ def _call(function: Callable[..., object], name: str, args: list[str]) -> object
     parser = ConfigParser(prog=f"cli.py {name}")
     parser.add_argument("--config", action=ConfigFile, help="YAML file with these options; later ones win")
     parser.add_function_arguments(function, as_group=False)
-    given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    given = parser.instantiate_classes(parser.parse_args(list(_spelled_out(args, function)))).as_dict()
     given.pop("config")
     return function(**given)
+
+
+def _spelled_out(args: list[str], function: Callable[..., object]) -> Iterator[str]:
+    """The arguments, with switches as the parser wants them: --compile-only becomes --compile_only=true."""
+    switches = {
+        f"--{name}" for name, parameter in signature(function).parameters.items() if parameter.annotation is bool
+    }
+    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+        name = "--" + arg[2:].replace("-", "_")
+        if arg.startswith("--") and name in switches:
+            yield f"{name}=true" if following.startswith("-") else name
+        else:
+            yield arg
 
 
 def _load(function: str) -> Callable[..., object]:

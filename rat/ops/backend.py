@@ -74,7 +74,7 @@ def select(versions: Mapping[str, F], backend: Backend | None, like: Tensor) -> 
     Raises:
         ValueError: the backend is unknown, or cannot run on that device.
     """
-    name: str = _check(backend or _chosen)
+    name = _check(backend or _chosen)
     if name == "auto":
         name = _fastest(like.device) if like.dtype != torch.float64 else "portable"
     elif name == "triton":
