@@ -121,9 +121,10 @@ def _spelled_out(args: list[str], function: Callable[..., object]) -> Iterator[s
         f"--{name}" for name, parameter in signature(function).parameters.items() if parameter.annotation is bool
     }
     for arg, following in zip(args, [*args[1:], "--"], strict=True):
-        name = "--" + arg[2:].replace("-", "_")
+        given, equals, value = arg.partition("=")
+        name = "--" + given[2:].replace("-", "_")
         if arg.startswith("--") and name in switches:
-            yield f"{name}=true" if following.startswith("-") else name
+            yield name + (equals + value or "=true" * following.startswith("-"))
         else:
             yield arg
 

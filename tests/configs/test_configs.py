@@ -21,6 +21,7 @@ from datamodules.sft.datamodule import SFTDataModule
 from lightning_modules import LanguageModel, OptimizerConfig
 from lightning_modules.schedule import accumulation
 from rat import CausalLM, ModelConfig
+from rat.benchmarks.kernel_cases import SHIPPED
 from rat.layers import Block
 from rat_cli.lightning import RatCLI
 from rat_cli.main import main
@@ -112,6 +113,19 @@ def test_strategies_are_what_they_are_called() -> None:
 @pytest.mark.parametrize("name", [name for name in EXTRAS if name.startswith("kernel/")])
 def test_kernels_are_what_they_are_called(name: str) -> None:
     assert parts(QUICKSTART, name).model.kernel_backend == Path(name).stem
+
+
+@pytest.mark.parametrize("files", [*([name] for name in WHOLE), *SMALL[1:]], ids=ids)
+def test_the_kernels_are_compiled_for_every_config(files: list[str]) -> None:
+    made = parts(*files)
+    model, precision = made.model.config, made.trainer["precision"]
+    dtype = {"bf16-mixed": torch.bfloat16, "32-true": torch.float32}[precision]
+    for shape, dtypes in SHIPPED.values():
+        sizes = (shape.d_model, shape.num_heads, shape.chunk_size, shape.num_groups, shape.window_size)
+        if sizes == (model.d_model, model.num_heads, model.chunk_size, model.num_groups, model.window_size):
+            assert {dtype, torch.float32} <= set(dtypes)
+            return
+    pytest.fail(f"rat.benchmarks.kernel_cases.SHIPPED has no layer of {model}")
 
 
 @pytest.mark.parametrize("task", ["fineweb_edu", "sft"])

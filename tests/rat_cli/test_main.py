@@ -68,6 +68,14 @@ def test_help_of_every_command_explains_its_options(cli: Cli, name: str) -> None
     assert EXPLAINED.get(name, "--") in " ".join(result.out.split())
 
 
+@pytest.mark.parametrize("ask", ["--compile-only", "--compile_only", "--compile-only=true"])
+def test_switches_need_no_value(cli: Cli, ask: str) -> None:
+    result = cli("bench", "kernels", ask, "--archs", "[75]")
+    assert (result.code, result.err) == (1, "error: unknown compute capability 75: choose from 80, 90, 100\n")
+    assert cli("bench", "kernels", "--archs", "[75]", ask).err == result.err
+    assert "there is no GPU here" in cli("bench", "kernels", "--compile-only", "false", "--archs", "[75]").err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["fti"], []])
 def test_light_commands_do_not_wait_for_torch(arguments: list[str]) -> None:
     code = (
