@@ -1,1 +1,1 @@
-"""How fast the layers are, as ratios inside one run."""
+"""How fast the layers, the models and the kernels are, as ratios inside one run; and how much memory they take."""
