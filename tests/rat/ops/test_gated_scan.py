@@ -150,7 +150,7 @@ def test_threads_that_share_the_columns_of_a_row_agree(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # two threads take the columns 0 to 63 and 64 to 79 of both tiles of 80
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr("rat.ops.native.threads", lambda work: threads)
     shapes = {"gate_logits": (1, 9, 160), "gate_bias": (160,), "v": (1, 9, 160), "k": (1, 9, 80)}
     shapes |= {"v_state": (1, 160), "k_state": (1, 160)}
     inputs = {name: draw(i, *shape) for i, (name, shape) in enumerate(shapes.items())}

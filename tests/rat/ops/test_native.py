@@ -190,8 +190,11 @@ def test_bf16_is_rounded_to_nearest_ties_to_even() -> None:
 
 
 @pytest.fixture
-def results(draw: Callable[..., Tensor], differentiate: Callable[..., Values]) -> Callable[[int], dict[str, Values]]:
+def results(
+    draw: Callable[..., Tensor], differentiate: Callable[..., Values], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[int], dict[str, Values]]:
     """results(threads): outputs and gradients of every operation, over enough tokens to be shared out."""
+    monkeypatch.setattr(native, "FEWEST_ELEMENTS", 1)
     tokens = 1100
     scan = {"gate_logits": (1, tokens, 160), "gate_bias": (160,), "v": (1, tokens, 160), "k": (1, tokens, 80)}
     shapes = dict.fromkeys(("chunk scan", "gated scan"), scan)
@@ -221,6 +224,12 @@ def results(draw: Callable[..., Tensor], differentiate: Callable[..., Values]) -
             torch.set_num_threads(before)
 
     return run
+
+
+def test_a_thread_is_not_woken_for_less_than_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    shares = [native.threads(share * native.FEWEST_ELEMENTS // 2) for share in (0, 1, 2, 5, 7, 100)]
+    assert shares == [1, 1, 1, 2, 3, 4]
 
 
 def test_the_number_of_threads_changes_no_result_but_for_the_order_of_pytorchs_own_sums(
