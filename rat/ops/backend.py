@@ -82,9 +82,17 @@ def select(versions: Mapping[str, F], backend: Backend | None, like: Tensor) -> 
     elif name == "native":
         _refuse(name, why_not_native(like.device))
     if name not in versions:
-        # FlexAttention is for GPUs: on a CPU it has no backward, and is what PyTorch does plainly.
-        name = "flex" if name == "triton" and like.device.type == "cuda" and "flex" in versions else "portable"
+        name = "flex" if name == "triton" and "flex" in versions and _flex_pays(like) else "portable"
     return versions[name]
+
+
+def _flex_pays(like: Tensor) -> bool:
+    """Whether FlexAttention is a faster version where nobody asked for it.
+
+    On a CPU it has no backward. In fp32 its forward kernel keeps 7 KB of a thread's registers in memory (compiled for
+    sm_80 and sm_90 by torch 2.13).
+    """
+    return like.device.type == "cuda" and like.dtype.itemsize == 2
 
 
 def _fastest(device: torch.device) -> Backend:

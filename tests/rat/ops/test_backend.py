@@ -106,7 +106,11 @@ def test_an_op_without_the_version_takes_the_next_simpler_one_that_can_run(gpu: 
     assert select(scan, "flex", X) == "portable"
     assert select(window, "flex", X) == "flex"
     assert select(scan, "triton", gpu(8, 0)) == "portable"
-    assert select(window, "triton", gpu(8, 0)) == "flex"
+    assert select(window, "triton", gpu(8, 0)) == select(window, "auto", gpu(9, 0)) == "flex"
+    single = gpu(8, 0)
+    single.dtype = torch.float32
+    assert select(window, "triton", single) == select(window, "auto", single) == "portable"
+    assert select(window, "flex", single) == "flex"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend.native, "why_not_native", lambda: None)
         assert select(window, "native", X) == select(window, "auto", X) == "portable"
