@@ -63,8 +63,8 @@ class RAT(GatedMixer):
             device,
             end_keys=torch.zeros(ends, device=device, dtype=dtype),
             end_values=torch.zeros(ends, device=device, dtype=dtype),
-            key=torch.zeros(batch_size, self.d_model, device=device),
-            value=torch.zeros(batch_size, self.d_model, device=device),
+            key=torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32),
+            value=torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32),
         )
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:

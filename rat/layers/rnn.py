@@ -33,7 +33,8 @@ class RNN(GatedMixer):
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: one vector a row, in fp32."""
         device = self.gate_bias.device
-        return LayerState.empty(batch_size, device, value=torch.zeros(batch_size, self.d_model, device=device))
+        value = torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32)
+        return LayerState.empty(batch_size, device, value=value)
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
         """See `Mixer.step`."""

@@ -87,7 +87,7 @@ def _decode_op(
     tables: tuple[Tensor | None, ...] = (None, None)
     if rope_base is not None:
         tables = angles(lengths // chunk_size, width, rope_base, torch.float32)
-    lengths = lengths.contiguous()
+    lengths = lengths.long().contiguous()
     threads = native.threads(2 * batch * heads * width * (longest // chunk_size + 1))
     new = [packed(x) for x in (gate_logits, q.flatten(1), k, v)]
     with packed_in_place(value_state, key_state, end_keys, end_values) as (*states, keys, values):
