@@ -33,7 +33,7 @@ test: install lint ## Lint, type-check and run the tests
 test-slow: install ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-gpu-check: install ## Check and time the kernels on an NVIDIA GPU; the tables go into docs/kernels.md (half an hour)
+gpu-check: install ## Check and time the kernels on an NVIDIA GPU; the tables go into docs/kernels.md (an hour)
 	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "gpu-check needs an NVIDIA GPU and a PyTorch for CUDA; this is torch %s without one" % torch.__version__)'
 	$(BIN)/python -m pytest -n 0 -m gpu tests
 	$(BIN)/python cli.py bench kernels --page docs/kernels.md

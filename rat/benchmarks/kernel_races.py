@@ -15,8 +15,9 @@ from rat.benchmarks.report import Report
 from rat.benchmarks.timing import Rates, interleaved, machine, measure_rates
 from rat.ops.backend import Backend
 
-CONTENDERS: tuple[Backend, ...] = ("triton", "flex", "portable")
 Values = dict[str, Tensor]
+# Rows that decode side by side: one for so many tokens that would be trained on.
+_TOKENS_A_ROW = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,15 @@ def check_and_time(
     dtypes = DTYPES if device.type == "cuda" else tuple(kind for kind in DTYPES if kind != torch.bfloat16)
     for config, (shape, _) in configs.items():
         large = replace(shape, batch_size=max(1, tokens // shape.seq_len))
+        decoding = replace(shape, batch_size=max(1, tokens // _TOKENS_A_ROW))
         for dtype in dtypes:
             rates = measure_rates(dtype, device)
             title = [f"#### {config}, {_name(dtype)}: {large}", "", f"{rates}; medians of {repeats} rounds.", ""]
             found: list[Race] = []
             for name, case in CASES.items():
                 race = partial(Race, config=config, dtype=_name(dtype), case=name)
-                found += _race(case, shape, large, dtype, repeats, device, rates, race)
+                size = decoding if case.function == "chunk_decode" else large
+                found += _race(case, shape, size, dtype, repeats, device, rates, race)
                 report.put("rows", races + found)
             races += found
             table = [*title, *race_lines(found), ""]
@@ -84,7 +87,7 @@ def _race(
     race: Callable[..., Race],
 ) -> Iterator[Race]:
     """The rows of one operation: every version that runs on this device, forward and, where it trains, both."""
-    versions = [name for name in CONTENDERS if name in case.versions() and (name != "flex" or device.type == "cuda")]
+    versions = contenders(case, dtype, device)
     errors = errors_of(case, shape, dtype, device, versions)
     call = case.make(large, random_fill(0, dtype, device))
     for direction in ("forward", "train") if call.trains else ("forward",):
@@ -105,6 +108,13 @@ def _race(
                 flops_per_second=work.flops / seconds if work.flops else None,
                 speedup=measured["portable"].median / seconds,
             )
+
+
+def contenders(case: Case, dtype: torch.dtype, device: torch.device) -> list[Backend]:
+    """The versions to compare; FlexAttention only where `auto` may take it."""
+    names: list[Backend] = ["triton", "flex", "portable"]
+    flex = device.type == "cuda" and dtype != torch.float32
+    return [name for name in names if name in case.versions() and (name != "flex" or flex)]
 
 
 def forward(call: Call, backend: Backend) -> None:
