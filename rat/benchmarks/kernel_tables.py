@@ -100,16 +100,16 @@ def traffic_lines(rows: Sequence[TrafficRow]) -> Iterator[str]:
     for row in rows:
         flops = ("-", "-")
         if row.flops_minimum:
-            flops = (f"{row.flops_minimum / 1e9:.3f}", f"{row.flops / row.flops_minimum:.2f}")
+            flops = (f"{row.flops_minimum / 1e9:.3g}", f"{row.flops / row.flops_minimum:.2f}")
         yield line(
             row.case,
             row.direction,
             row.launches,
-            f"{row.bytes_moved / 1e6:.2f}",
-            f"{row.bytes_beside / 1e6:.2f}",
-            f"{row.bytes_minimum / 1e6:.2f}",
+            f"{row.bytes_moved / 1e6:.3g}",
+            f"{row.bytes_beside / 1e6:.3g}",
+            f"{row.bytes_minimum / 1e6:.3g}",
             f"{(row.bytes_moved + row.bytes_beside) / row.bytes_minimum:.2f}",
-            f"{row.flops / 1e9:.3f}",
+            f"{row.flops / 1e9:.3g}",
             *flops,
         )
 

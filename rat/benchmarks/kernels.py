@@ -201,7 +201,7 @@ def window_lines(configs: Configs) -> Iterator[str]:
         for length in dict.fromkeys((shape.seq_len, 8 * shape.seq_len)):
             visited = window_pairs(length, shape.window_size)
             shares = (f"{visited[name] / visited['needed']:.2f}x" for name in ("flex", "portable", "flash"))
-            yield line(config, length, shape.window_size, f"{visited['needed'] / 1e6:.2f}M", *shares)
+            yield line(config, length, shape.window_size, f"{visited['needed']:,}", *shares)
 
 
 def window_pairs(length: int, window_size: int) -> dict[str, int]:

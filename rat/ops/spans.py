@@ -63,7 +63,6 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor)
 
     """
     batch, length = q.shape[:2]
-    last = last.clamp(max=k.shape[1])
     rows_first, rows_last = (x.expand(batch, length) for x in (first, last))
 
     def seen(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def tiles(first: Tensor, last: Tensor, num_keys: int) -> Tables:
     queries that see each tile of keys in part, (B, 1, N) and (B, 1, N, M), and in full. M and N count tiles of T
     queries and `num_keys` keys. Only the first `how many` entries of `which` mean something.
     """
-    length = first.shape[1]
+    length, last = first.shape[1], last.clamp(max=num_keys)
     columns = -(-num_keys // TILE)
     top = torch.arange(0, length, TILE, device=first.device)
     bottom = (top + TILE - 1).clamp(max=length - 1)

@@ -33,6 +33,7 @@ TRITON = [name for name, case in CASES.items() if "triton" in case.versions()]
         ({"registers": 32, "num_warps": 1}, H100, 32),  # no more than 32 blocks
         ({"registers": 32, "shared": 40 * 1024}, A100, 16),  # 4 x (40 + 1) KB = 164 KB
         ({"registers": 32, "shared": 41 * 1024}, A100, 12),
+        ({"registers": 32, "shared": 54 * 1024}, A100, 8),
         ({"registers": 32, "shared": 41 * 1024}, H100, 20),
         ({"registers": 32, "tensor_columns": 256}, B200, 8),
         ({"registers": 255, "num_warps": 16}, A100, 0),

@@ -118,3 +118,5 @@ def test_attention_over_everything_is_left_to_the_flash_kernel(inputs: Callable[
         )
         assert torch.equal(ours, plain)
         assert ours.requires_grad
+    with pytest.raises(ValueError, match="no backward pass"):  # a window that hides one key is none of everything
+        ops.sliding_window_attention(q, k, v, window_size=LENGTH - 2, backend="flex")
