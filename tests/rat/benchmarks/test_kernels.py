@@ -28,7 +28,8 @@ TRITON = [name for name, case in CASES.items() if "triton" in case.versions()]
     [
         ({}, A100, 32),  # 64 registers x 32 threads x 32 warps = 65536
         ({"registers": 32}, A100, 64),
-        ({"registers": 33}, A100, 48),  # given out by 256: 40 x 32 = 1280, of which 51 fit, 48 in fours
+        ({"registers": 33}, A100, 48),  # given out by 256: 40 x 32 = 1280
+        ({"registers": 80, "num_warps": 1}, A100, 24),  # 25 would fit, but a quarter of the registers holds 6
         ({"registers": 255, "num_warps": 8}, H100, 8),
         ({"registers": 32, "num_warps": 1}, H100, 32),  # no more than 32 blocks
         ({"registers": 32, "shared": 40 * 1024}, A100, 16),  # 4 x (40 + 1) KB = 164 KB
