@@ -102,10 +102,20 @@ class Call(NamedTuple):
             "BLOCK_D": self.block_d,
         }
 
-    @property
-    def precision(self) -> str:
-        """Of a product of tiles: fp32 would otherwise lose 13 of its bits."""
-        return "ieee" if self.q.dtype == torch.float32 else "tf32"
+    def tiled(self, sizes: Tiles) -> dict[str, Any]:
+        """Constants and options of a launch that multiplies tiles."""
+        options = {
+            "BLOCK_M": sizes.tokens,
+            "BLOCK_N": sizes.ends,
+            "PRECISION": "tf32",
+            "num_warps": sizes.num_warps,
+            "num_stages": sizes.num_stages,
+        }
+        if self.q.dtype == torch.float32:
+            # Tensor cores would lose 13 of its bits. Without them the compiler spills a few bytes so that one program
+            # more can be resident, unless it is told how many registers there are.
+            options |= {"PRECISION": "ieee", "maxnreg": 255}
+        return options | self.constants
 
     @property
     def plain_rows(self) -> int:

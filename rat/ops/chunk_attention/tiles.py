@@ -25,8 +25,8 @@ def forward_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
     if dtype == torch.float32:
         return _fp32_tiles(width)
     if width > 128:
-        return Tiles(64, 64 if chip >= (9, 0) else 32, 8)
-    return Tiles(128, 64, 8)
+        return _narrower(Tiles(64, 64 if chip >= (9, 0) else 32, 8), width)
+    return _narrower(Tiles(128, 64, 8), width)
 
 
 def query_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
@@ -34,8 +34,8 @@ def query_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
     if dtype == torch.float32:
         return _fp32_tiles(width)
     if width > 128:
-        return Tiles(64, 32, 8)
-    return Tiles(128, 64 if chip >= (9, 0) or width <= 64 else 32, 8)
+        return _narrower(Tiles(64, 32, 8), width)
+    return _narrower(Tiles(128, 64 if chip >= (9, 0) or width <= 64 else 32, 8), width)
 
 
 def end_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
@@ -48,9 +48,18 @@ def end_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
     return Tiles(64, 64, 8 if width > 64 else 4)
 
 
+def _narrower(tiles: Tiles, width: int) -> Tiles:
+    """Of wide heads that do not fill a power of two, half a tile: its padding is masked, which takes registers."""
+    if width <= 64 or width.bit_count() == 1:
+        return tiles
+    if tiles.tokens > 64:
+        return tiles._replace(tokens=tiles.tokens // 2)
+    return tiles._replace(ends=tiles.ends // 2)
+
+
 def _fp32_tiles(width: int) -> Tiles:
-    """Products in full fp32 leave the tensor cores alone: each thread holds what it multiplies."""
-    return Tiles(32, 32 if width <= 128 else 16, 8)
+    """Products in full fp32 leave the tensor cores alone: a thread holds the rows and columns that it multiplies."""
+    return Tiles(32 if width <= 128 else 16, 32 if width <= 64 else 16, 8)
 
 
 def ends_read(length: int, chunk_size: int, tiles: Tiles) -> tuple[int, int]:

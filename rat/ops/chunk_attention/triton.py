@@ -82,13 +82,8 @@ def _forward_op(
         *(stride for x in (call.q, call.k, call.v, call.keys, call.values) for stride in x.stride()[:3]),
         # every head reads its group's queries, as many bytes as its keys
         cost=call.cost(sizes, call.heads, reads=(call.k, call.k, call.v), writes=(out, lse), products=2),
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
         ROTARY=call.rotary,
-        BLOCK_M=sizes.tokens,
-        BLOCK_N=sizes.ends,
-        PRECISION=call.precision,
-        **call.constants,
+        **call.tiled(sizes),
     )
     return out, lse
 
@@ -183,13 +178,8 @@ def _query_gradient(call: Call, above: _Above, turned: Tensor, grad_q: Tensor) -
             writes=(grad_q,),
             products=3,
         ),
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
         ROTARY=call.rotary,
-        BLOCK_M=sizes.tokens,
-        BLOCK_N=sizes.ends,
-        PRECISION=call.precision,
-        **call.constants,
+        **call.tiled(sizes),
     )
 
 
@@ -210,12 +200,7 @@ def _end_sums(call: Call, above: _Above, turned: Tensor) -> Tensor:
         *(*call.sizes, call.ends, shares, call.scale * LOG2_E),
         *(stride for x in (turned, above.grad, call.keys, call.values) for stride in x.stride()[:3]),
         cost=Cost(read, nbytes(sums), 8 * tokens * sizes.ends * call.width),
-        num_warps=sizes.num_warps,
-        num_stages=sizes.num_stages,
-        BLOCK_M=sizes.tokens,
-        BLOCK_N=sizes.ends,
-        PRECISION=call.precision,
-        **call.constants,
+        **call.tiled(sizes),
     )
     return sums
 
