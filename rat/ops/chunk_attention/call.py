@@ -1,5 +1,6 @@
 """One call of the Triton kernels: its tensors as they take them, and what a launch over them moves."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def alignment(width: int) -> int:
     """What every stride is a multiple of, in elements."""
-    return 16 if width % 16 == 0 else 1
+    return math.gcd(width, 16)
 
 
 class Call(NamedTuple):
@@ -112,15 +113,17 @@ class Call(NamedTuple):
             "num_stages": sizes.num_stages,
         }
         if self.q.dtype == torch.float32:
-            # Tensor cores would lose 13 of its bits. Without them the compiler spills a few bytes so that one program
-            # more can be resident, unless it is told how many registers there are.
-            options |= {"PRECISION": "ieee", "maxnreg": 255}
+            options["PRECISION"] = "ieee"  # tensor cores would lose 13 bits
+        if self.q.dtype == torch.float32 or self.width != self.block_d:
+            # Unless it is told how many registers there are, the compiler spills a few bytes here so that one program
+            # more can be resident.
+            options["maxnreg"] = 255
         return options | self.constants
 
     @property
     def plain_rows(self) -> int:
         """Rows of a tile in the kernels that multiply no matrices."""
-        return PLAIN_TILE // self.block_d
+        return PLAIN_TILE // self.block_d // (1 if alignment(self.width) >= 8 else 2)  # fewer where loads are narrow
 
     def table_bytes(self, heads: int) -> int:
         """Bytes of angles and spans that programs of so many heads in each row read."""

@@ -45,12 +45,12 @@ def end_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
         return Tiles(ends, tokens, *rest)
     if width > 128:
         return Tiles(32, 64, 8)
-    return Tiles(64, 64, 8 if width > 64 else 4)
+    return _narrower(Tiles(64, 64, 4 if width in (16, 32, 64) else 8), width)
 
 
 def _narrower(tiles: Tiles, width: int) -> Tiles:
-    """Of wide heads that do not fill a power of two, half a tile: its padding is masked, which takes registers."""
-    if width <= 64 or width.bit_count() == 1:
+    """Of heads that do not fill a power of two, half a tile: their padding is masked, which takes registers."""
+    if width.bit_count() == 1:
         return tiles
     if tiles.tokens > 64:
         return tiles._replace(tokens=tiles.tokens // 2)
