@@ -67,14 +67,14 @@ def summary_lines(rows: Sequence[KernelRow]) -> Iterator[str]:
     """One line for all kernels of a configuration in a dtype: the worst of each number."""
     names = list(rows[0].compiled)
     yield from header(
-        "heads", "dtype", "kernels", "registers, most", "spilled, most", "shared KB, most", "warps/SM, fewest"
+        "heads", "dtype", "launches", "registers, most", "spilled, most", "shared KB, most", "warps/SM, fewest"
     )
     for key in dict.fromkeys((row.config, row.dtype) for row in rows):
         mine = [row for row in rows if (row.config, row.dtype) == key]
         by_chip = [[row.compiled[name] for row in mine] for name in names]
         yield line(
             *key,
-            len({str(row.compiled) + row.kernel for row in mine}),
+            len(mine),
             _each(max(c.registers for c in found) for found in by_chip),
             _each(max(c.spilled for c in found) for found in by_chip),
             _each(f"{max(c.shared for c in found) / 1024:.1f}" for found in by_chip),
