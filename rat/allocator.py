@@ -5,7 +5,7 @@ import ctypes
 import os
 
 # Parameters of mallopt in glibc's malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
@@ -18,6 +18,6 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(_MMAP_THRESHOLD, 1 << 25)  # the largest that it takes
-        mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_MMAP_MAX, 0)  # no mapping of its own for any tensor, however large
+        mallopt(_TRIM_THRESHOLD, -1)  # never
         mallopt(_TOP_PAD, 1 << 26)

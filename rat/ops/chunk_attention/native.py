@@ -9,6 +9,7 @@ The loops are opaque to torch.compile (a custom op with a fake).
 """
 
 import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ from rat.ops.chunk_attention.ends import Ends
 from rat.ops.rotary.portable import angles, turn
 
 # Logits of a block and head, which stay in cache between the passes over them.
-BLOCK_BYTES = 1 << 21
+BLOCK_BYTES = 1 << 22
 # Fewer rows starve the matrix product; more of them multiply what the causal order then hides.
 FEWEST_ROWS, MOST_ROWS = 64, 512
 
@@ -90,6 +91,9 @@ class _Call:
             last = last.clamp(0, end_keys.shape[2])  # the kernels trust it
             self.first, self.last = (x.to(torch.int32).contiguous() for x in (first, last))
         self.end_keys, self.end_values = end_keys.flatten(0, 1), end_values.flatten(0, 1)
+        self.blocks = list(self._blocks())
+        self.most_rows = max((rows.stop - rows.start for rows, _ in self.blocks), default=0)
+        self.most_logits = max(((rows.stop - rows.start) * seen for rows, seen in self.blocks), default=0)
         self.memory: dict[str, Tensor] = {}
 
     def _read_ends(self) -> tuple[Tensor, Tensor]:
@@ -110,7 +114,7 @@ class _Call:
         grad_k[:, size - 1 :: size] += keys
         grad_v[:, size - 1 :: size] += values
 
-    def blocks(self) -> Iterator[tuple[slice, int]]:
+    def _blocks(self) -> Iterator[tuple[slice, int]]:
         """Tokens to take together, and how many ends the last of them may see."""
         length, step = self.q.shape[1], self.chunk_size
         ends, budget = self.end_keys.shape[1], BLOCK_BYTES // self.q.element_size()
@@ -124,14 +128,11 @@ class _Call:
             yield slice(start, stop), min(ends, (stop - 1) // step) if self.regular else ends
             start = stop
 
-    def scratch(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Memory that is the same for every block, in cache by then."""
-        size = 1
-        for n in shape:
-            size *= n
-        if name not in self.memory or self.memory[name].numel() < size:
-            self.memory[name] = torch.empty(size, dtype=dtype)
-        return self.memory[name][:size].view(shape)
+    def scratch(self, name: str, dtype: torch.dtype, most: int, *shape: int) -> Tensor:
+        """Memory that all blocks share, so that it is in cache by then; no block needs more than `most` elements."""
+        if name not in self.memory:
+            self.memory[name] = torch.empty(most, dtype=dtype)
+        return self.memory[name][: math.prod(shape)].view(shape)
 
     def block(self, rows: slice, seen: int, **tensors: Tensor) -> "_Work":
         """A block of tokens, ready for the kernels."""
@@ -145,11 +146,15 @@ class _Work:
         batch, length, groups, width = call.q.shape
         heads, dtype, count = call.k.shape[2], call.q.dtype, rows.stop - rows.start
         self.call, self.dtype, self.seen = call, dtype, seen
+        tokens = batch * heads * call.most_rows
         self.queries, self.block_out, self.block_grad = (
-            call.scratch(name, dtype, batch * heads, count, width) for name in ("queries", "block_out", "block_grad")
+            call.scratch(name, dtype, tokens * width, batch * heads, count, width)
+            for name in ("queries", "block_out", "block_grad")
         )
-        self.logits, self.grad_logits = (call.scratch(name, dtype, count, seen) for name in ("logits", "grad_logits"))
-        own, delta = (call.scratch(name, torch.float32, batch * heads, count) for name in ("own", "delta"))
+        self.logits, self.grad_logits = (
+            call.scratch(name, dtype, call.most_logits, count, seen) for name in ("logits", "grad_logits")
+        )
+        own, delta = (call.scratch(name, torch.float32, tokens, batch * heads, count) for name in ("own", "delta"))
         tables = call.tables or (None, None)
         threads = native.threads(count * (batch * heads * width + seen))
         inside = {"queries": self.queries, "block_out": self.block_out, "block_grad": self.block_grad}
@@ -209,7 +214,7 @@ def _attend_op(
     call = _Call(q, k, v, end_keys, end_values, first, last, chunk, chunk_size, rope_base)
     out = torch.empty(v.shape, dtype=v.dtype)
     log_sum_exp = torch.empty(v.shape[0], v.shape[2], v.shape[1], dtype=torch.float32)
-    for rows, seen in call.blocks():
+    for rows, seen in call.blocks:
         block = call.block(rows, seen, out=out, log_sum_exp=log_sum_exp)
         block.run("ask")
         block.attend()
@@ -243,7 +248,7 @@ def _backward_op(
     grads = {f"grad_{name}": torch.empty(x.shape, dtype=x.dtype) for name, x in (("q", q), ("k", k), ("v", v))}
     of_keys, of_values = (torch.zeros(call.end_keys.shape, dtype=torch.float32) for _ in range(2))
     tensors = {"grad": native.packed(grad), "out": out, "log_sum_exp": log_sum_exp, **grads}
-    for rows, seen in call.blocks():
+    for rows, seen in call.blocks:
         block = call.block(rows, seen, **tensors)
         block.run("ask_back")
         block.attend_back(of_keys, of_values)
