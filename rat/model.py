@@ -11,6 +11,7 @@ from rat.config import MixerName, ModelConfig
 from rat.generation import Generator
 from rat.initialization import initialize
 from rat.layers import RAT, RNN, Attention, Block, LayerState, Mixer, SlidingWindowAttention
+from rat.ops import linear
 
 # The one place where a pattern's names meet their classes.
 MIXERS: dict[MixerName, Callable[[ModelConfig], Mixer]] = {
@@ -63,7 +64,7 @@ class CausalLM(Pretrained, Generator):
         x = self.norm(x)
         if labels is not None:
             return self._loss(x, labels)
-        return F.linear(x if positions is None else x[positions], self.embedding.weight)
+        return linear(x if positions is None else x[positions], self.embedding.weight)
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         counted = (labels != IGNORED).sum().clamp(min=1)
@@ -114,7 +115,7 @@ class CausalLM(Pretrained, Generator):
         for layer, part in zip(self.layers, state, strict=True):
             x = layer.step(x, part, lengths)
         last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
-        return F.linear(self.norm(last), self.embedding.weight)
+        return linear(self.norm(last), self.embedding.weight)
 
     def crop(self, state: list[LayerState], lengths: Tensor) -> None:
         """Take every row of `state` back to its first `lengths` (B,) tokens, in place, or leave all as it is.

@@ -56,8 +56,11 @@ def make_layer(name: str, config: ModelConfig, dtype: torch.dtype, device: torch
 
 
 def backend_of(name: str, chosen: Backend) -> Backend:
-    """What a contender runs on: `chosen`, but attention always is PyTorch's own, the yardstick."""
-    return "portable" if name == "attention" else chosen
+    """What a contender runs on: `chosen`, but attention never on the reference.
+
+    In all other backends it is PyTorch's own scaled_dot_product_attention, the yardstick.
+    """
+    return "portable" if name == "attention" and chosen == "reference" else chosen
 
 
 def too_large(layer: Mixer, batch_size: int, seq_len: int, train: bool, device: torch.device) -> str | None:

@@ -1,9 +1,10 @@
 """Softmax attention over the whole past, and over a sliding window of it."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from rat.layers.linear import Linear
 from rat.layers.mixer import Mixer
 from rat.layers.state import LayerState
 from rat.ops import rotary, sliding_window_attention
@@ -23,8 +24,8 @@ class Attention(Mixer):
     def __init__(self, d_model: int, num_heads: int, rope_base: float | None) -> None:
         super().__init__(d_model, num_heads)
         self.rope_base = rope_base
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.in_proj = Linear(d_model, 3 * d_model)
+        self.out_proj = Linear(d_model, d_model)
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (both rotated) and values, (B, T, H, d) each."""

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rat.layers.linear import Linear
+
 
 class FeedForward(nn.Module):
     """D -> 4D, exact GELU, 4D -> D, without biases."""
@@ -11,8 +13,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(d_model, self.expansion * d_model, bias=False)
-        self.fc2 = nn.Linear(self.expansion * d_model, d_model, bias=False)
+        self.fc1 = Linear(d_model, self.expansion * d_model)
+        self.fc2 = Linear(self.expansion * d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""

@@ -1,12 +1,13 @@
 """The RAT layer: a gated recurrence inside chunks, softmax attention over their ends (arXiv 2507.04416)."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rat.layers.linear import Linear
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
 from rat.ops import chunk_attention, chunk_decode, chunk_scan, output_gate, rotary
-from rat.ops.chunk_decode import needs_gradient
+from rat.ops.backend import needs_gradient
 
 
 class RAT(GatedMixer):
@@ -30,8 +31,8 @@ class RAT(GatedMixer):
         self.rope_base = rope_base
         d_group = num_groups * self.d_head
         self.widths = [d_model, d_model, d_model, d_group, d_group]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths))
+        self.out_proj = Linear(d_model, d_model)
 
     def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """See `Mixer.forward`."""

@@ -1,8 +1,9 @@
 """The gated RNN: the recurrence of RAT over the whole sequence, with an output gate and no attention."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rat.layers.linear import Linear
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
 from rat.ops import gated_scan, output_gate
@@ -20,8 +21,8 @@ class RNN(GatedMixer):
     def __init__(self, d_model: int, num_heads: int, max_seq_len: int) -> None:
         super().__init__(d_model, num_heads, gate_span=max_seq_len)
         self.recurrent_elements = d_model
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.in_proj = Linear(d_model, 3 * d_model)
+        self.out_proj = Linear(d_model, d_model)
 
     def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """See `Mixer.forward`."""

@@ -5,6 +5,7 @@ from rat.ops.chunk_attention import chunk_attention
 from rat.ops.chunk_decode import chunk_decode
 from rat.ops.chunk_scan import chunk_scan
 from rat.ops.gated_scan import gated_scan
+from rat.ops.linear import linear
 from rat.ops.output_gate import output_gate
 from rat.ops.rotary import rotary
 from rat.ops.sliding_window import sliding_window_attention
@@ -17,6 +18,7 @@ __all__ = [
     "chunk_scan",
     "gated_scan",
     "get_backend",
+    "linear",
     "output_gate",
     "rotary",
     "set_backend",

@@ -163,9 +163,14 @@ def describe_backend(backend: Backend, device: torch.device, training: bool) -> 
     return f"kernel backend {backend} on {_named(device)}, as it was asked for"
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from these tensors could be asked for a gradient."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_flex(*inputs: Tensor) -> None:
     """Raise ValueError if these inputs want gradients on a device where FlexAttention has no backward pass."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+    if needs_gradient(*inputs):
         _refuse_flex(inputs[0].device)
 
 

@@ -1,9 +1,8 @@
 """One decoding step of a RAT layer: the recurrence, attention over the chunk ends, and the new end, in one call."""
 
-import torch
 from torch import Tensor
 
-from rat.ops.backend import Backend, implementations, select
+from rat.ops.backend import Backend, implementations, needs_gradient, select
 
 _IMPLEMENTATIONS = implementations(__name__, "chunk_decode")
 
@@ -58,11 +57,6 @@ def chunk_decode(
         raise ValueError("chunk_decode has no gradient: use chunk_scan and chunk_attention, or torch.no_grad()")
     run = select(_IMPLEMENTATIONS, backend, v)
     return run(*tensors, gate_bias, lengths, longest, chunk_size, rope_base)
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether what is computed from these tensors could be asked for a gradient."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _check_shapes(

@@ -1,0 +1,29 @@
+"""The product by oneDNN, where that is faster: in fp32, without gradients, for matrices that are not small.
+
+PyTorch gives products in fp32 to MKL, and to oneDNN only those of compiled graphs. On two cores of an AMD EPYC,
+oneDNN takes 0.3 to 0.6 of the time for a 6656 x 2048 matrix and up to 32 rows, and 0.9 of it for thousands of rows.
+"""
+
+import torch
+from torch import Tensor
+
+from rat.ops.backend import needs_gradient
+from rat.ops.linear import portable
+
+# Below, calling oneDNN costs more than it saves.
+FEWEST_WEIGHTS = 1 << 18
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As the reference."""
+    if not _is_faster(x, weight):
+        return portable.linear(x, weight)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _is_faster(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return False
+    if {x.dtype, weight.dtype} != {torch.float32} or needs_gradient(x, weight):
+        return False
+    return weight.numel() >= FEWEST_WEIGHTS and x.numel() > 0
