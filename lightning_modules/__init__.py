@@ -2,11 +2,11 @@
 
 from lightning_modules.callbacks import (
     ExportModel,
-    LastCheckpoint,
     MemoryLengthHistogram,
     PredictionWriter,
     Throughput,
 )
+from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.schedule import OptimizerConfig
 

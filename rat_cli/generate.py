@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders
 
 from datamodules.tokenizer import end_of_text_id, load_tokenizer
-from lightning_modules.callbacks import AtomicCheckpointIO
+from lightning_modules.checkpoints import AtomicCheckpointIO
 from rat import CausalLM, ModelConfig
 from rat.checkpoint import check_weights
 from rat.ops.backend import Backend, describe_backend, set_backend

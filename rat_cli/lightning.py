@@ -11,7 +11,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from lightning_modules import LanguageModel
-from lightning_modules.callbacks import AtomicCheckpointIO, PredictionWriter
+from lightning_modules.callbacks import PredictionWriter
+from lightning_modules.checkpoints import AtomicCheckpointIO
 from rat_cli.config_files import ConfigFile, ConfigParser
 
 
