@@ -293,9 +293,10 @@ def test_what_lies_past_a_rows_length_touches_nothing(
     inputs = scan_inputs(8, 2, 12)
     scan = scanning(gated_scan, lengths=lengths, backend=backend)
     before = differentiate(scan, inputs, PRECISION[backend][0])
+    padding = 5.0 if backend == "reference" else float("nan")
     for name in ("gate_logits", "v", "k"):
         for row, length in enumerate(lengths.tolist()):
-            inputs[name][row, length:] += 5
+            inputs[name][row, length:] = padding
             assert (before[f"gradient of {name}"][row, length:] == 0).all()
     assert all(torch.equal(x, before[name]) for name, x in differentiate(scan, inputs, PRECISION[backend][0]).items())
     assert torch.equal(before["output 2"][0], inputs["v_state"][0].to(PRECISION[backend][0]))
