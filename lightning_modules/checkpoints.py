@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, and the last one at hand."""
+"""Checkpoints that survive: written whole or not at all, at once or in the background, and the last one at hand."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+from lightning_modules.atomic import put_back, replacing
+from lightning_modules.sharded_checkpoints import read_folder
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -18,22 +21,52 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write beside `path`, then rename."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
+        """Write beside `path`, then rename. Raises OSError where the disk is full; what was there stays."""
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # what it makes of a write that failed, such as for a full disk
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Lightning's. Raises ValueError for a file that is no whole checkpoint."""
+        """As Lightning's, and a folder of shards is put together. Raises ValueError for what is no whole checkpoint."""
+        put_back(Path(path))
+        if Path(path).is_dir():
+            return read_folder(Path(path))
         try:
             return super().load_checkpoint(path, *args, **kwargs)
         except (RuntimeError, EOFError, UnpicklingError):
             raise ValueError(f"{path} is damaged or no checkpoint: copy it again, or give another") from None
+
+
+class BackgroundCheckpointIO(AsyncCheckpointIO):
+    """Checkpoints written by a thread while training goes on: atomically, in order, the last before the process ends.
+
+    It takes memory for one copy of weights and optimiser, on the device where they are. An error of a save is raised
+    at the next one, or at the end. For strategies that write one file; those that write shards do not ask it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(AtomicCheckpointIO())
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Copy the checkpoint and let the thread write it, once it has written the one before."""
+        self.teardown()
+        super().save_checkpoint(*args, **kwargs)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove an old checkpoint once the new one is whole, and only then."""
+        self._ensure_setup()
+        assert self._executor is not None
+        self._executor.submit(lambda: self._error or AtomicCheckpointIO().remove_checkpoint(path))
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See `AtomicCheckpointIO.load_checkpoint`, once all are written."""
+        self.teardown()
+        return super().load_checkpoint(*args, **kwargs)
 
 
 class LastCheckpoint(ModelCheckpoint):

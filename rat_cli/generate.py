@@ -8,13 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders
 
 from datamodules.tokenizer import end_of_text_id, load_tokenizer
-from lightning_modules.checkpoints import AtomicCheckpointIO
-from rat import CausalLM, ModelConfig
-from rat.checkpoint import check_weights
+from rat import CausalLM
 from rat.ops.backend import Backend, describe_backend, set_backend
-
-# Where the model stands in a checkpoint of Lightning.
-_PREFIX = "model."
+from rat_cli.convert import model_of, read_checkpoint
 
 
 def generate(
@@ -100,16 +96,7 @@ def load_model(checkpoint: Path, architecture: dict[str, Any] | None = None) -> 
         return CausalLM.from_pretrained(checkpoint, architecture)
     if architecture:
         raise ValueError(f"{checkpoint} tells its architecture itself: --architecture is for a .pth")
-    content = AtomicCheckpointIO().load_checkpoint(checkpoint, "cpu", weights_only=True)
-    if "model_config" not in content:
-        raise ValueError(f"{checkpoint} was not written by cli.py fit: it holds no model_config")
-    config = ModelConfig.from_dict(content["model_config"], str(checkpoint))
-    weights = {name.removeprefix(_PREFIX): x for name, x in content["state_dict"].items() if name.startswith(_PREFIX)}
-    with torch.device("meta"):
-        model = CausalLM(config)
-    check_weights({name: x.shape for name, x in model.state_dict().items()}, weights, str(checkpoint))
-    model.load_state_dict(weights, assign=True)
-    return model
+    return model_of(read_checkpoint(checkpoint), checkpoint)
 
 
 def decoded(vocabulary: Tokenizer, tokens: Iterator[int | None]) -> Iterator[str]:

@@ -31,6 +31,7 @@ COMMANDS = {
     "data verify": Command("datamodules.inspection:verify", "compare shards with their checksums"),
     "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
+    "convert": Command("rat_cli.convert:convert", "turn a checkpoint into one file, a folder of shards, or a model"),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
     "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "time layers: training, prefill, decoding; floors"),
     "bench memory": Command("rat.benchmarks.memory:memory_benchmark", "bytes of layers: kept, at most, in the cache"),

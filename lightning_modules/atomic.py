@@ -1,0 +1,72 @@
+"""Files and folders that take the place of others whole or not at all, whenever the process is killed.
+
+A file replaces a file in one step. The system has no such step for a folder: the old one is moved aside first, under
+a name that `--ckpt_path last` finds too, and goes away once the new one is in its place.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def partial_of(path: Path) -> Path:
+    """Where what is going to replace `path` is written: beside it, under no name of a checkpoint."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def previous_of(path: Path) -> Path:
+    """Where a folder at `path` stands for the moment in which another takes its place."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def take_place(path: Path) -> None:
+    """Put what was written to `partial_of(path)` in the place of `path`."""
+    partial, previous = partial_of(path), previous_of(path)
+    if path.is_dir() or (partial.is_dir() and path.exists()):
+        remove(previous)
+        path.rename(previous)
+    partial.replace(path)
+    sync(path.parent)
+    if previous.exists():
+        previous.rename(partial)  # a half-removed folder must not look like a checkpoint
+        remove(partial)
+
+
+def put_back(path: Path) -> None:
+    """Undo a `take_place` that was killed between its two moves; several processes may try at once."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            previous_of(path).rename(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The place to write what replaces `path` when the `with` block ends well; if it does not, nothing changes."""
+    partial = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(partial)
+    try:
+        yield partial
+        take_place(path)
+    except BaseException:
+        remove(partial)  # a full disk needs the room
+        raise

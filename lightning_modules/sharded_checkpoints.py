@@ -1,0 +1,162 @@
+"""Checkpoints that are folders, a shard by each process: written atomically, and turned into one file and back.
+
+Such a folder holds what torch.distributed.checkpoint writes of weights (`state_dict`; FSDPStrategy says `model`) and
+optimisers (`optimizer_0`), parameters by name, and `meta.pt` with the rest of Lightning's checkpoint. One file holds
+`state_dict` and a list `optimizer_states`, parameters by number: their place in the optimiser's groups.
+"""
+
+from collections.abc import Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.load import _METADATA_FILENAME, _load_distributed_checkpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from lightning_modules.atomic import partial_of, put_back, remove, sync, take_place
+
+State = dict[str, Any]
+_DAMAGE = (RuntimeError, OSError, EOFError, UnpicklingError, KeyError)
+
+
+def read_folder(folder: Path) -> State:
+    """The checkpoint in a folder of shards, as one process would have written it into one file.
+
+    No process group is needed; all of it has to fit into memory. Its metadata is a pickle, which can run code: read
+    only folders from where you trust.
+
+    Raises:
+        ValueError: a part is missing or damaged, or the folder is no checkpoint.
+    """
+    _check_folder(folder)
+    try:
+        content = _load_distributed_checkpoint(folder)
+    except (CheckpointException, *_DAMAGE) as error:
+        raise _damaged(folder, error) from None
+    content["state_dict"] = content.pop("model", None) or content["state_dict"]
+    keys = list(takewhile(content.__contains__, (f"optimizer_{i}" for i in count())))
+    if keys:
+        content["optimizer_states"] = [_by_number(content.pop(key)) for key in keys]
+    return content
+
+
+def write_folder(checkpoint: State, folder: Path, names: Sequence[str]) -> None:
+    """Write a checkpoint of one file as a folder that FSDP2 reads.
+
+    Args:
+        checkpoint: what `torch.load` gives of the file.
+        folder: a new one.
+        names: of the optimiser's parameters, in its order.
+    """
+    rest = dict(checkpoint)
+    state = {"state_dict": rest.pop("state_dict")}
+    for i, optimizer in enumerate(rest.pop("optimizer_states", [])):
+        state[f"optimizer_{i}"] = _by_name(optimizer, names)
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    torch.save(rest, folder / _METADATA_FILENAME)
+    sync(folder / _METADATA_FILENAME)
+
+
+class WholeFolders:
+    """For the strategies of Lightning that write a folder of shards: it is whole or not there, as one file would be.
+
+    A mixin to be named before the strategy. A checkpoint that is one file is loaded as well.
+    """
+
+    def setup(self, trainer: Any) -> None:
+        """Refuse a plugin that would be passed over in silence."""
+        if isinstance(self._checkpoint_io, AsyncCheckpointIO):
+            raise ValueError(
+                f"{type(self).__name__} writes its shards itself, which {type(self._checkpoint_io).__name__} cannot do"
+                " in the background: leave that plugin out of trainer.plugins"
+            )
+        super().setup(trainer)
+
+    def save_checkpoint(self, checkpoint: State, filepath: str | Path, storage_options: Any | None = None) -> None:
+        """Write beside `filepath` on all ranks, then move on one. Raises OSError where one of them could not write."""
+        path = Path(self.broadcast(filepath))
+        partial = partial_of(path)
+        if self.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(partial)
+        self.barrier()
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except CheckpointException as failed:
+            self._give_up(partial, failed)
+        except OSError:
+            remove(partial)
+            raise
+        self.barrier()
+        if self.is_global_zero:
+            if partial.is_dir():
+                sync(partial / _METADATA_FILENAME)
+                sync(partial)
+            take_place(path)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> State:
+        """As Lightning's, after the module has had a look: another model is refused by name, not by its shapes.
+
+        Raises:
+            ValueError: another model, or what is no whole checkpoint.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        put_back(path)
+        self.barrier()
+        self.lightning_module.on_load_checkpoint(_description(path))
+        try:
+            return super().load_checkpoint(path, weights_only)
+        except CheckpointException as error:
+            raise _damaged(path, error) from None
+
+    def _give_up(self, partial: Path, failed: CheckpointException) -> None:
+        if self.is_global_zero:
+            remove(partial)
+        error = _first(failed)
+        raise OSError(error.errno, error.strerror, str(partial)) if isinstance(error, OSError) else error from None
+
+
+def _description(path: Path) -> State:
+    """Everything in a checkpoint but weights and optimiser; of one file these too, unread."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    if path.is_dir():
+        _check_folder(path)
+        path /= _METADATA_FILENAME
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from None
+
+
+def _check_folder(folder: Path) -> None:
+    for name in (".metadata", _METADATA_FILENAME):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no whole checkpoint of shards: it holds no {name}")
+
+
+def _damaged(path: Path, error: BaseException) -> ValueError:
+    reason = str(_first(error)).partition("\n")[0]
+    return ValueError(f"{path} is damaged or incomplete: copy it again, or give another ({reason})")
+
+
+def _first(error: BaseException) -> BaseException:
+    """What went wrong on the first of the ranks where something did."""
+    return next(reason for reason, _ in error.failures.values()) if isinstance(error, CheckpointException) else error
+
+
+def _by_number(optimizer: State) -> State:
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    numbers = {name: i for i, name in enumerate(names)}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]]
+    return {"state": {i: optimizer["state"][name] for name, i in numbers.items()}, "param_groups": groups}
+
+
+def _by_name(optimizer: State, names: Sequence[str]) -> State:
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in optimizer["param_groups"]]
+    return {"state": {names[i]: state for i, state in optimizer["state"].items()}, "param_groups": groups}
