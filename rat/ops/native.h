@@ -35,6 +35,11 @@ inline void store_all(int64_t n, const float* __restrict from, T* __restrict to)
   for (int64_t i = 0; i < n; i++) store(to[i], from[i]);
 }
 
+template <class T>
+inline void add_all(int64_t n, const T* __restrict from, float* __restrict to) {
+  for (int64_t i = 0; i < n; i++) to[i] += load(from[i]);
+}
+
 // a * b + c, which the compiler leaves in this order; written as a sum it may add up the two parts of ln 2 below.
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)

@@ -109,7 +109,6 @@ template <class T>
 void forward_step(int64_t n, const T* __restrict y, const float* __restrict gate, float* __restrict state,
                   T* __restrict out) {
   for (int64_t c = 0; c < n; c++) {
-    // a gate of 1, as of padding, leaves the state exactly as it is
     const float s = gate[c] * state[c] + (1.0f - gate[c]) * load(y[c]);
     state[c] = s;
     store(out[c], s);
@@ -131,7 +130,11 @@ void forward(const Call& call, const Part& part, std::vector<float>& memory) {
       for_tiles(call, part, [&](int64_t place, int64_t channel) {
         const T* y = call.y[i].row<T>(part.b, t) + (call.is_wide(i) ? channel : part.first);
         T* out = call.out[i].row<T>(part.b, t) + channel;
-        forward_step(part.columns, y, gates + place, states + i * size + place, out);
+        float* state = states + i * size + place;
+        if (flag & kFrozen)  // y may hold anything, NaN included
+          store_all(part.columns, state, out);
+        else
+          forward_step(part.columns, y, gates + place, state, out);
       });
     }
   }
@@ -187,8 +190,11 @@ void backward(const Call& call, const Part& part, float* grad_bias, std::vector<
         const T* grad = call.grad_out[i].row<T>(part.b, t) + channel;
         const T* y = call.y[i].row<T>(part.b, t) + (wide ? channel : part.first);
         float* in = wide ? inflow + place : inflow;
-        backward_step(part.columns, grad, y, gates + place, befores + place, keep, carries + i * size + place,
-                      changes + place, in);
+        float* carry = carries + i * size + place;
+        if (flag & kFrozen)
+          add_all(part.columns, grad, carry);
+        else
+          backward_step(part.columns, grad, y, gates + place, befores + place, keep, carry, changes + place, in);
         if (wide) store_all(part.columns, in, grad_y + channel);
       });
       if (!wide) store_all(part.columns, inflow, grad_y + part.first);

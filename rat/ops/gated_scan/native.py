@@ -51,7 +51,7 @@ def scan(
         flags = sum(masks[1:], masks[0]).contiguous()
     states = [] if initial_state is None else [s.float().contiguous() for s in initial_state]
     bias = None if gate_bias is None else gate_bias.float().contiguous()
-    results = _scan_op(gate_logits, portable.without_padding(streams, frozen), bias, states, flags, chunk_size)
+    results = _scan_op(gate_logits, list(streams), bias, states, flags, chunk_size)
     return tuple(results[: len(streams)]), tuple(results[len(streams) :])
 
 

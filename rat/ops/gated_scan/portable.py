@@ -41,13 +41,8 @@ def scan(
     if keep is not None and frozen is not None:
         keep = keep | frozen
     states = [] if initial_state is None else list(initial_state)
-    results = _scan_op(gate_logits, without_padding(streams, frozen), gate_bias, states, keep, frozen, chunk_size)
+    results = _scan_op(gate_logits, list(streams), gate_bias, states, keep, frozen, chunk_size)
     return tuple(results[: len(streams)]), tuple(results[len(streams) :])
-
-
-def without_padding(streams: Sequence[Tensor], frozen: Tensor | None) -> list[Tensor]:
-    """Zeros at the frozen tokens: a gate of 1 is no guard against what a padding may hold, 0 * NaN = NaN."""
-    return list(streams) if frozen is None else [y.masked_fill(frozen[..., None], 0.0) for y in streams]
 
 
 # Tokens in a block where no chunk says it: the walks take so many steps, the hand-over from block to block T / BLOCK.
@@ -125,12 +120,17 @@ def _grid(
     keep: Tensor | None,
     frozen: Tensor | None,
 ) -> _Grid:
+    cut = [_cut(y, piece) for y in streams]
+    if frozen is not None:
+        frozen = _cut(frozen, piece)
+        # a gate of 1 is no guard against what a padding may hold: 0 * NaN = NaN
+        cut = [y.masked_fill(frozen[..., None], 0.0) for y in cut]
     return _Grid(
         _cut(logits, piece),
         None if bias is None else bias.to(_wide(logits)),
-        [_cut(y, piece) for y in streams],
+        cut,
         None if keep is None else _cut(keep, piece),
-        None if frozen is None else _cut(frozen, piece),
+        frozen,
     )
 
 
