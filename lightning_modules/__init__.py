@@ -8,6 +8,7 @@ from lightning_modules.callbacks import (
 )
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.preemption import Preemption
 from lightning_modules.schedule import OptimizerConfig
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "MemoryLengthHistogram",
     "OptimizerConfig",
     "PredictionWriter",
+    "Preemption",
     "Throughput",
 ]

@@ -1,6 +1,7 @@
 """fit, validate, test and predict: a LightningCLI whose YAML files can build on others and whose errors name them."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from lightning_modules import LanguageModel
+from lightning_modules import LanguageModel, LastCheckpoint, Preemption
 from lightning_modules.callbacks import PredictionWriter
 from lightning_modules.checkpoints import AtomicCheckpointIO
+from lightning_modules.preemption import SIGNALS
+from lightning_modules.slurm import slurm_environments
 from rat_cli.config_files import ConfigFile, ConfigParser
 
 
@@ -49,12 +53,20 @@ class RatCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        given = config.get("plugins") or []
-        plugins = given if isinstance(given, list) else [given]
+        plugins = _as_list(config.get("plugins"))
+        if not any(isinstance(plugin, ClusterEnvironment) for plugin in plugins):
+            plugins = [*plugins, *slurm_environments()]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            config["plugins"] = [*plugins, AtomicCheckpointIO()]
+            plugins = [*plugins, AtomicCheckpointIO()]
+        config["plugins"] = plugins
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionWriter()]
+        if self.subcommand == "fit":
+            given = [type(callback) for callback in _as_list(config.get("callbacks"))]
+            if LastCheckpoint in given and Preemption not in given:
+                callbacks = [*callbacks, Preemption()]
+            elif Preemption not in given:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
@@ -75,6 +87,10 @@ class RatCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(str(error.__cause__ or error)) from None
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def run(args: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were, 130 after Ctrl-C.
     """
+    if argv is None and sys.argv[1:2] == ["fit"]:
+        # They wait until training has begun, and can stop it where nothing is lost: lightning_modules.preemption.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(_help(COMMANDS))
