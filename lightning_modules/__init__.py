@@ -6,12 +6,13 @@ from lightning_modules.callbacks import (
     PredictionWriter,
     Throughput,
 )
-from lightning_modules.checkpoints import LastCheckpoint
+from lightning_modules.checkpoints import BackgroundCheckpointIO, LastCheckpoint
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.preemption import Preemption
 from lightning_modules.schedule import OptimizerConfig
 
 __all__ = [
+    "BackgroundCheckpointIO",
     "ExportModel",
     "LanguageModel",
     "LastCheckpoint",
