@@ -15,6 +15,7 @@ from rat.ops.chunk_attention import portable as attention_portable
 from rat.ops.chunk_scan import portable as chunk_portable
 from rat.ops.gated_scan import native as scan_native
 from rat.ops.gated_scan import portable as scan_portable
+from rat.ops.linear import native as linear_native
 from rat.ops.output_gate import native as gate_native
 from rat.ops.sliding_window import portable as window_portable
 
@@ -52,6 +53,7 @@ CASES: dict[str, Case] = {
     "chunk attention, rotary": (partial(attended, chunk_size=2, rope_base=9.0), ATTENTION),
     "chunk attention, documents": (partial(attended, chunk_size=3, document_ids=IDS), ATTENTION),
     "chunk attention, continued": (partial(attended, chunk_size=3, rope_base=9.0, **PAST), ATTENTION | ENDS),
+    "linear": (ops.linear, {"x": (2, LENGTH, 4), "weight": (6, 4)}),
     "output gate": (ops.output_gate, GATED),
     "rotary": (lambda x, **options: ops.rotary(x, torch.arange(LENGTH), **options), {"x": (2, LENGTH, 3, 4)}),
     "sliding window": (partial(ops.sliding_window_attention, window_size=2), ALIKE),
@@ -70,8 +72,8 @@ CUSTOM_OPS = (
     (gate_native, "_gate_op"),
     (gate_native, "_backward_op"),
 )
-NATIVE_CASES = [name for name in CASES if "scan" in name or "chunk" in name or "gate" in name]
-CUSTOM_CASES = [name for name in NATIVE_CASES if name != "output gate"]
+NATIVE_CASES = [name for name in CASES if "scan" in name or "chunk" in name or name in ("output gate", "linear")]
+CUSTOM_CASES = [name for name in NATIVE_CASES if "scan" in name or "chunk" in name]
 KEEPING_LITTLE = [name for name in NATIVE_CASES if name != "chunk attention, continued"]  # given ends are inputs too
 COMPILED = ["gated scan", "chunk scan, continued, documents", "chunk attention, rotary", "chunk attention, continued"]
 no_compiler = pytest.mark.skipif(bool(why_not_native(torch.device("cpu"))), reason="no C++ compiler")
@@ -98,6 +100,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         attention_portable: {"BLOCK_LOGITS": 64, "FEWEST_ROWS": 2, "MOST_ROWS": 4},
         attention_native: {"BLOCK_BYTES": 64, "FEWEST_ROWS": 2, "MOST_ROWS": 4},
         window_portable: {"FEWEST_ROWS": 2},
+        linear_native: {"FEWEST_WEIGHTS": 1},
     }.items():
         for size, number in sizes.items():
             monkeypatch.setattr(module, size, number)
@@ -302,7 +305,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, tuple[object
     return calls
 
 
-@in_both(CUSTOM_CASES, NATIVE_CASES)
+@in_both(CUSTOM_CASES, [*CUSTOM_CASES, "output gate"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_custom_ops_keep_torch_librarys_promises(
     name: str,
