@@ -10,7 +10,7 @@ from rat.checkpoint import Pretrained
 from rat.config import MixerName, ModelConfig
 from rat.generation import Generator
 from rat.initialization import initialize
-from rat.layers import RAT, RNN, Attention, Block, LayerState, Mixer, SlidingWindowAttention
+from rat.layers import RAT, RNN, Attention, Block, ContextShard, LayerState, Mixer, SlidingWindowAttention
 from rat.ops import linear
 
 # The one place where a pattern's names meet their classes.
@@ -44,6 +44,7 @@ class CausalLM(Pretrained, Generator):
         labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        shard: ContextShard | None = None,
     ) -> Tensor:
         """Logits, or the mean loss where `labels` are given.
 
@@ -52,6 +53,7 @@ class CausalLM(Pretrained, Generator):
             labels: (B, T) int64, the target of each position (shifted already); -100 is ignored.
             document_ids: (B, T); tokens of other documents are not seen.
             positions: (B, T) bool, where logits are wanted; not together with labels.
+            shard: the part of every row that this rank holds; all else is that part then, the loss that of whole rows.
 
         Returns:
             (B, T, V) logits; (N, V) at the N chosen positions, row by row; or the cross-entropy in nats a token, a
@@ -60,14 +62,14 @@ class CausalLM(Pretrained, Generator):
         self._check(input_ids, labels, positions)
         x = self.embedding(input_ids)
         for layer in self.layers:
-            x = layer(x, document_ids)
+            x = layer(x, document_ids, shard)
         x = self.norm(x)
         if labels is not None:
-            return self._loss(x, labels)
+            return self._loss(x, labels, shard)
         return linear(x if positions is None else x[positions], self.embedding.weight)
 
-    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        counted = (labels != IGNORED).sum().clamp(min=1)
+    def _loss(self, x: Tensor, labels: Tensor, shard: ContextShard | None) -> Tensor:
+        counted = (labels != IGNORED).sum()
         total = F.linear_cross_entropy(
             x.flatten(0, 1),
             self.embedding.weight,
@@ -76,7 +78,9 @@ class CausalLM(Pretrained, Generator):
             reduction="sum",
             options=nn.LinearCrossEntropyOptions(batch_chunk_size=CPU_LOSS_ROWS if x.device.type == "cpu" else None),
         )
-        return total / counted
+        if shard is not None:
+            total, counted = shard.sum(total), shard.sum(counted)
+        return total / counted.clamp(min=1)
 
     def _check(self, input_ids: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
         if input_ids.ndim != 2 or 0 in input_ids.shape:

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rat.layers import RAT
+from rat.layers import RAT, ContextShard
 from rat.ops import chunk_scan, rotary
 
 
 class MaskedRAT(RAT):
     """RAT whose full pass forms every pair of a token and a chunk end, also those that a mask then hides."""
 
-    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None) -> Tensor:
         """See `Mixer.forward`; a row is one document.
 
         Raises:
-            ValueError: `document_ids` are given.
+            ValueError: `document_ids` or a shard are given.
         """
-        if document_ids is not None:
-            raise ValueError(f"{type(self).__name__} is for benchmarks of whole rows: it takes no document_ids")
+        if document_ids is not None or shard is not None:
+            raise ValueError(f"{type(self).__name__} is for benchmarks: it takes no document_ids and no shard")
         z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
         (v, k), _ = chunk_scan(gate_logits, (v, k), gate_bias=self.gate_bias, chunk_size=self.chunk_size)
         q, k, v = self.heads(q), self.heads(k), self.heads(v)

@@ -2,6 +2,7 @@
 
 from rat.layers.attention import Attention, SlidingWindowAttention
 from rat.layers.block import Block
+from rat.layers.context_shard import ContextShard
 from rat.layers.feed_forward import FeedForward
 from rat.layers.mixer import GatedMixer, Mixer
 from rat.layers.rat import RAT
@@ -13,6 +14,7 @@ __all__ = [
     "RNN",
     "Attention",
     "Block",
+    "ContextShard",
     "FeedForward",
     "GatedMixer",
     "LayerState",

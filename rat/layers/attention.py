@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
+from rat.layers.context_shard import ContextShard
 from rat.layers.linear import Linear
 from rat.layers.mixer import Mixer
 from rat.layers.state import LayerState
@@ -34,11 +36,25 @@ class Attention(Mixer):
             q, k = (rotary(y, positions, base=self.rope_base) for y in (q, k))
         return q, k, v
 
-    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None) -> Tensor:
         """See `Mixer.forward`. Rotary scores depend on distances alone, so packed rows need no other positions."""
-        q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device))
-        mixed = sliding_window_attention(q, k, v, window_size=self.window_size, document_ids=document_ids)
+        positions = torch.arange(x.shape[1], device=x.device)
+        if shard is None:
+            q, k, v = self._project(x, positions)
+            mixed = sliding_window_attention(q, k, v, window_size=self.window_size, document_ids=document_ids)
+        else:
+            shard.check(x, document_ids)
+            q, k, v = self._project(x, positions + shard.start)
+            own = torch.stack([k, v], dim=2)
+            seen = torch.cat([shard.before(own, shard.borders, self.window_size), own], dim=1)
+            mixed = self._attend_last(q, *seen.unbind(2))
         return self.out_proj(mixed.flatten(-2))
+
+    def _attend_last(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Queries (B, T, H, d) of the last T of N tokens against the keys and values (B, N, H, d) of all."""
+        bias = causal_lower_right(q.shape[1], keys.shape[1])
+        q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: every key and value, at the slot of its position."""
@@ -87,6 +103,10 @@ class Attention(Mixer):
         """See `Mixer.flops_per_token`: 8 D^2 + 2 T D; causal halves are counted."""
         return 8 * self.d_model**2 + 2 * seq_len * self.d_model
 
+    def sent_bytes(self, shard: ContextShard, bytes_per_element: int) -> int:
+        """See `Mixer.sent_bytes`: a token's key and value, 2D, to each later rank whose window reaches it."""
+        return 2 * self.d_model * bytes_per_element * shard.sent(shard.borders, self.window_size)
+
     def cache_elements(self, seq_len: int) -> int:
         """See `Mixer.cache_elements`: 2 T D."""
         return 2 * seq_len * self.d_model
@@ -107,6 +127,12 @@ class SlidingWindowAttention(Attention):
     def __init__(self, d_model: int, num_heads: int, window_size: int, rope_base: float | None) -> None:
         super().__init__(d_model, num_heads, rope_base)
         self.window_size = window_size
+
+    def _attend_last(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As in `Attention`. Tokens of earlier ranks, at most W, ask in vain, so that all shapes are alike."""
+        earlier = keys.shape[1] - q.shape[1]
+        q = F.pad(q, (0, 0, 0, 0, earlier, 0))
+        return sliding_window_attention(q, keys, values, window_size=self.window_size)[:, earlier:]
 
     def _slots(self, max_length: int) -> int:
         return self.window_size + 1

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from rat.layers.context_shard import ContextShard
 from rat.layers.feed_forward import FeedForward
 from rat.layers.mixer import Mixer
 from rat.layers.state import LayerState
@@ -22,9 +23,9 @@ class Block(nn.Module):
         self.feed_forward_norm = nn.RMSNorm(mixer.d_model, eps=norm_eps)
         self.feed_forward = FeedForward(mixer.d_model)
 
-    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """A full pass, (B, T, D) -> (B, T, D)."""
-        x = x + self.mixer(self.mixer_norm(x), document_ids)
+    def forward(self, x: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None) -> Tensor:
+        """A full pass, (B, T, D) -> (B, T, D); see `Mixer.forward`."""
+        x = x + self.mixer(self.mixer_norm(x), document_ids, shard)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from rat.layers.context_shard import ContextShard
 from rat.layers.state import LayerState
 
 
@@ -25,8 +26,14 @@ class Mixer(nn.Module, ABC):
         self.d_head = d_model // num_heads
 
     @abstractmethod
-    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """A full pass over rows that start at their first token; `document_ids` (B, T) tells packed ones apart."""
+    def forward(self, x: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None) -> Tensor:
+        """A full pass over rows that start at their first token; `document_ids` (B, T) tells packed ones apart.
+
+        With `shard`, x holds only this rank's tokens of every row (no documents then).
+
+        Raises:
+            ValueError: x is no such part, or documents are given with it.
+        """
 
     @abstractmethod
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
@@ -80,6 +87,10 @@ class Mixer(nn.Module, ABC):
     def cache_elements(self, seq_len: int) -> int:
         """Numbers that the decoding state of one row of `seq_len` tokens holds."""
 
+    @abstractmethod
+    def sent_bytes(self, shard: ContextShard, bytes_per_element: int) -> int:
+        """Bytes that the ranks of a shard together send in a forward pass of one row; backward as many again."""
+
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, n * d) -> (B, T, n, d)."""
         return x.unflatten(-1, (-1, self.d_head))
@@ -99,17 +110,18 @@ class GatedMixer(Mixer):
         super().__init__(d_model, num_heads)
         self.gate_span = gate_span
         self.gate_bias = nn.Parameter(torch.empty(d_model))
-        # The logits of the last full pass, for whoever watches the gates (a callback sets `watched`).
+        # The logits of the last full pass, bias included, for whoever watches the gates (a callback sets `watched`).
         self.watched = False
         self.gate_logits: Tensor | None = None
 
     def watch(self, gate_logits: Tensor) -> None:
-        """Keep this pass's gate logits (B, T, D) where someone asked for them."""
-        self.gate_logits = gate_logits.detach() if self.watched else None
+        """Keep this pass's gate logits (B, T, D) where someone asked for them; with the bias, which may be sharded
+        among processes and whole during the pass alone."""
+        self.gate_logits = (gate_logits.float() + self.gate_bias.float()).detach() if self.watched else None
 
     def memory_length(self) -> Tensor:
         """1 / (1 - g) of the watched pass, in tokens, (B, T, D) fp32: how far back the gates remember."""
         if self.gate_logits is None:
             raise RuntimeError("no gates were watched: set `watched` and run a full pass first")
         # 1 / (1 - sigmoid(x)) = 1 + exp(x)
-        return 1 + torch.exp(self.gate_logits.float() + self.gate_bias.detach().float())
+        return 1 + torch.exp(self.gate_logits)

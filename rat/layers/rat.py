@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rat.layers.context_shard import ContextShard
 from rat.layers.linear import Linear
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
@@ -34,8 +35,10 @@ class RAT(GatedMixer):
         self.in_proj = Linear(d_model, sum(self.widths))
         self.out_proj = Linear(d_model, d_model)
 
-    def forward(self, x: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """See `Mixer.forward`."""
+    def forward(self, x: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None) -> Tensor:
+        """See `Mixer.forward`. A shard begins with a chunk, so that only attention looks beyond it."""
+        if shard is not None:
+            shard.check(x, document_ids)
         z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
         self.watch(gate_logits)
         (v, k), _ = chunk_scan(
@@ -45,15 +48,29 @@ class RAT(GatedMixer):
             chunk_size=self.chunk_size,
             document_ids=document_ids,
         )
+        k, v = self.heads(k), self.heads(v)
         mixed = chunk_attention(
             self.heads(q),
-            self.heads(k),
-            self.heads(v),
+            k,
+            v,
             chunk_size=self.chunk_size,
             rope_base=self.rope_base,
+            offset=None if shard is None else torch.full((len(x),), shard.start, device=x.device),
+            ends=None if shard is None else self._ends(k, v, shard),
             document_ids=document_ids,
         )
         return self.out_proj(output_gate(z, mixed.flatten(-2)))
+
+    def _ends(self, k: Tensor, v: Tensor, shard: ContextShard) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values at the ends of all chunks up to this shard's last, (B, E, H, d) each."""
+        chunks, last = shard.chunks(self.chunk_size), slice(self.chunk_size - 1, None, self.chunk_size)
+        keys, values = k[:, last], v[:, last]
+        if self.rope_base is not None and keys.shape[1]:
+            index = torch.arange(chunks[shard.rank], chunks[shard.rank + 1], device=k.device)
+            keys = rotary(keys, index, base=self.rope_base)
+        own = torch.stack([keys, values], dim=2)
+        keys, values = torch.cat([shard.before(own, chunks), own], dim=1).unbind(2)
+        return keys, values
 
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: the chunk ends so far, and the recurrence inside the open chunk (fp32)."""
@@ -150,6 +167,10 @@ class RAT(GatedMixer):
     def flops_per_token(self, seq_len: int) -> int:
         """See `Mixer.flops_per_token`: 2 (4D + 2Gd) D + 2 (T / L) D; causal halves are counted."""
         return 2 * (sum(self.widths) + self.d_model) * self.d_model + 2 * seq_len * self.d_model // self.chunk_size
+
+    def sent_bytes(self, shard: ContextShard, bytes_per_element: int) -> int:
+        """See `Mixer.sent_bytes`: a chunk's end, 2D, to each later rank."""
+        return 2 * self.d_model * bytes_per_element * shard.sent(shard.chunks(self.chunk_size))
 
     def cache_elements(self, seq_len: int) -> int:
         """See `Mixer.cache_elements`: 2 ceil(T / L) D + 2D."""
