@@ -10,10 +10,13 @@ from lightning_modules.checkpoints import BackgroundCheckpointIO, LastCheckpoint
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.preemption import Preemption
 from lightning_modules.schedule import OptimizerConfig
+from lightning_modules.sharding import FSDP2Strategy, FSDPStrategy
 
 __all__ = [
     "BackgroundCheckpointIO",
     "ExportModel",
+    "FSDP2Strategy",
+    "FSDPStrategy",
     "LanguageModel",
     "LastCheckpoint",
     "MemoryLengthHistogram",

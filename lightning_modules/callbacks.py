@@ -5,11 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ThroughputMonitor
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_modules.sharding import gather_weights
+from rat import CausalLM
 from rat.benchmarks.timing import gemm_rate
 from rat.layers import GatedMixer
 
@@ -32,10 +35,17 @@ class ExportModel(Callback):
             raise FileNotFoundError(f"ExportModel: the tokenizer {self.tokenizer} does not exist")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export from rank 0."""
+        """Export from rank 0 what all ranks hold together."""
         folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "model"
-        if trainer.is_global_zero and not trainer.fast_dev_run:
-            pl_module.model.save_pretrained(folder)
+        if trainer.fast_dev_run:
+            return
+        weights = gather_weights(trainer.strategy.model)
+        if trainer.is_global_zero:
+            with torch.device("meta"):
+                model = CausalLM(pl_module.config)
+            prefix = "model."
+            model.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items()}, assign=True)
+            model.save_pretrained(folder)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
 

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import Optimizer
 
+from lightning_modules import sharding
 from lightning_modules.metrics import TokenMean
 from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw
 from lightning_modules.scores import Scores, sequence_scores
@@ -30,11 +30,14 @@ class LanguageModel(LightningModule):
     A batch is a dict of (B, T) int64 tensors: `input_ids`; `labels`, shifted already, -100 where a target does not
     count; and `document_ids`, if packed documents are to be kept apart.
 
-    Logged: train/loss (nats per token, over the micro batches of the step), train/lr, train/grad_norm (before
-    clipping), train/tokens (seen so far); {val,test}/loss, /perplexity, weighted by tokens over all devices, and
-    /bits_per_byte where the data module knows `val_bytes_per_token`. With `accuracy` also {val,test}/accuracy, the
-    share of counted targets that are the likeliest token, and /sequence_accuracy, the share of sequences (rows; with
-    `document_ids`, documents of a row) that have counted targets and get all of them right.
+    An optimiser step descends the mean loss of its counted targets, each weighing the same, however they are spread
+    over micro batches and devices.
+
+    Logged: train/loss (nats per token, over the micro batches and devices of the step), train/lr, train/grad_norm (of
+    all parameters together, before clipping), train/tokens (seen so far); {val,test}/loss, /perplexity, weighted by
+    tokens over all devices, and /bits_per_byte where the data module knows `val_bytes_per_token`. With `accuracy` also
+    {val,test}/accuracy, the share of counted targets that are the likeliest token, and /sequence_accuracy, the share
+    of sequences (rows; with `document_ids`, documents of a row) that have counted targets and get all of them right.
 
     Args:
         model: the architecture.
@@ -57,6 +60,7 @@ class LanguageModel(LightningModule):
     """
 
     flops_per_batch: int
+    tokens_per_step: int  # of an optimiser step, over all devices, counted or not
 
     def __init__(
         self,
@@ -123,8 +127,23 @@ class LanguageModel(LightningModule):
         if self.activation_checkpointing:
             for i, block in enumerate(self.model.layers):
                 self.model.layers[i] = checkpoint_wrapper(block)
-        if self.compile_model:
+        if self.device_mesh is not None:
+            self._shard()
+        elif self.compile_model:
             self.model.compile()
+
+    def _shard(self) -> None:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, sharding.FSDP2Strategy):
+            raise ValueError(
+                f"{type(strategy).__name__} does not say how to shard the model: take"
+                " lightning_modules.FSDP2Strategy, see configs/strategy/fsdp2.yaml"
+            )
+        assert self.model is not None
+        if self.compile_model:
+            for block in self.model.layers:  # between blocks, weights are gathered
+                block.compile()
+        strategy.shard(self.model)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW on all parameters; the schedule spans the steps that the Trainer is going to make."""
@@ -135,19 +154,39 @@ class LanguageModel(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss of a micro batch in nats per token; every micro batch of a step weighs the same."""
+        """The losses of a micro batch's counted targets, in nats, over the number of its places, counted or not.
+
+        How many count in the whole step is known at its end; until then the sums of micro batches must stay in
+        proportion, so they are divided by what all of them have in common.
+        """
         loss, counted = self._loss(batch, passes=3)
         self.train_nll.update(loss.detach(), counted)
-        return loss
+        return loss * (counted / batch["labels"].numel())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step that is about to be made."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.log("train/loss", self.train_nll.compute(), prog_bar=True)
+        """Log the step that is about to be made, and make its gradient that of the mean over its counted targets."""
+        with self.train_nll.sync_context():
+            total, counted = self.train_nll.total, self.train_nll.tokens.clamp(min=1)
         self.train_nll.reset()
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        # the strategy has averaged over ranks, the Trainer over micro batches
+        places = self.tokens_per_step // self._data_parallel_size() * self.trainer.world_size
+        sharding.scale_gradients(self, (places / counted).float())
+        self.log("train/loss", total / counted, prog_bar=True)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
-        self.log("train/tokens", float((self.trainer.global_step + 1) * self._tokens_per_step))
+        self.log("train/tokens", float((self.trainer.global_step + 1) * self.tokens_per_step))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all ranks' gradients together, once, and log it. Lightning's own refuses under FSDP."""
+        by_value = gradient_clip_algorithm == "value"
+        norm = sharding.clip_gradients(self.trainer.strategy.model, None if by_value else gradient_clip_val)
+        self.log("train/grad_norm", norm)
+        if by_value:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a micro batch."""
@@ -214,7 +253,7 @@ class LanguageModel(LightningModule):
         assert self.model is not None
         input_ids = batch["input_ids"]
         self.flops_per_batch = passes * self.model.flops_per_token(input_ids.shape[1]) * input_ids.numel()
-        self._tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
+        self.tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
         return self.model(input_ids, document_ids=batch.get("document_ids"), **wanted)
 
     def _log_metrics(self, stage: str, nll: TokenMean) -> None:

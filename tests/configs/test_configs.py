@@ -14,11 +14,11 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from datamodules.resumable import ResumableDataModule
 from datamodules.sft.datamodule import SFTDataModule
-from lightning_modules import LanguageModel, OptimizerConfig
+from lightning_modules import FSDP2Strategy, FSDPStrategy, LanguageModel, OptimizerConfig
 from lightning_modules.schedule import accumulation
 from rat import CausalLM, ModelConfig
 from rat.benchmarks.kernel_cases import SHIPPED
@@ -101,11 +101,14 @@ def test_strategies_are_what_they_are_called() -> None:
 
     assert type(strategy("single")) is SingleDeviceStrategy
     assert type(strategy("ddp")) is DDPStrategy
+    assert type(strategy("fsdp2")) is FSDP2Strategy
     fsdp = parts(XL, "strategy/fsdp.yaml").trainer["strategy"]
     assert type(fsdp) is FSDPStrategy
     assert fsdp.sharding_strategy.name == "FULL_SHARD"
     assert fsdp._state_dict_type == "sharded"
     assert fsdp.kwargs["auto_wrap_policy"]._module_classes == {Block}
+    assert fsdp._activation_checkpointing_kwargs["auto_wrap_policy"]._module_classes == {Block}
+    assert (fsdp.mixed_precision.param_dtype, fsdp.mixed_precision.reduce_dtype) == (torch.bfloat16, torch.float32)
     with pytest.raises(ValueError, match="requires a GPU accelerator"):
         strategy("fsdp")
 
