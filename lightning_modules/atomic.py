@@ -42,11 +42,12 @@ def take_place(path: Path) -> None:
         remove(partial)
 
 
-def put_back(path: Path) -> None:
-    """Undo a `take_place` that was killed between its two moves; several processes may try at once."""
-    if not path.exists():
-        with contextlib.suppress(FileNotFoundError):
-            previous_of(path).rename(path)
+def standing(path: Path) -> Path:
+    """Where what is meant by `path` is to be read: where a `take_place` was killed between its two moves, the old one.
+
+    Nothing is moved back, since that process may be alive.
+    """
+    return previous_of(path) if not path.exists() and previous_of(path).exists() else path
 
 
 def sync(path: Path) -> None:

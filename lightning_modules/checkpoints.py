@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from lightning_modules.atomic import put_back, replacing
+from lightning_modules.atomic import replacing, standing
 from lightning_modules.sharded_checkpoints import read_folder
 
 
@@ -33,9 +33,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As Lightning's, and a folder of shards is put together. Raises ValueError for what is no whole checkpoint."""
-        put_back(Path(path))
-        if Path(path).is_dir():
-            return read_folder(Path(path))
+        path = standing(Path(path))
+        if path.is_dir():
+            return read_folder(path)
         try:
             return super().load_checkpoint(path, *args, **kwargs)
         except (RuntimeError, EOFError, UnpicklingError):

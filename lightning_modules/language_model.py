@@ -2,11 +2,12 @@
 
 import functools
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -21,7 +22,7 @@ from rat.model import IGNORED
 from rat.ops.backend import Backend, describe_backend, set_backend
 
 Batch = dict[str, Tensor]
-MODEL_CONFIG = "model_config"
+MODEL_CONFIG, CODE_VERSION = "model_config", "code_version"
 
 
 class LanguageModel(LightningModule):
@@ -217,16 +218,22 @@ class LanguageModel(LightningModule):
         self._log_metrics("test", self.test_nll)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the architecture beside the weights, as plain values."""
+        """Keep the architecture and the version of this code beside the weights, as plain values."""
         checkpoint[MODEL_CONFIG] = self.config.to_dict()
+        checkpoint[CODE_VERSION] = version("rat-lab")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another architecture before its weights do."""
+        """Refuse another architecture before its weights do; warn of another version of this code."""
         if MODEL_CONFIG not in checkpoint:
             raise ValueError(f"the checkpoint holds no {MODEL_CONFIG}, so it is none of LanguageModel")
         saved = ModelConfig.from_dict(checkpoint[MODEL_CONFIG], "the checkpoint's config")
         if changed := saved.differences(self.config):
             raise ValueError(f"the checkpoint holds another model than the config: {changed}")
+        if (wrote := checkpoint.get(CODE_VERSION)) != version("rat-lab"):
+            rank_zero_warn(
+                f"the checkpoint was written by rat-lab {wrote}, this is {version('rat-lab')}: to end with the same"
+                " weights as that one would, go on with it"
+            )
 
     def _count(self, stage: str, nll: TokenMean, batch: Batch) -> None:
         """Update the metrics of `stage` with a micro batch."""

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lightning_modules.atomic import partial_of, put_back, remove, sync, take_place
+from lightning_modules.atomic import partial_of, remove, standing, sync, take_place
 
 State = dict[str, Any]
 _DAMAGE = (RuntimeError, OSError, EOFError, UnpicklingError, KeyError)
@@ -105,9 +105,7 @@ class WholeFolders:
         Raises:
             ValueError: another model, or what is no whole checkpoint.
         """
-        path = Path(self.broadcast(checkpoint_path))
-        put_back(path)
-        self.barrier()
+        path = standing(Path(self.broadcast(checkpoint_path)))
         self.lightning_module.on_load_checkpoint(_description(path))
         try:
             return super().load_checkpoint(path, weights_only)
