@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import fully_shard
 
 from rat import CausalLM, ContextShard, ModelConfig
 from rat.config import MixerName
@@ -71,6 +72,8 @@ class Case:
 
 
 DOUBLE = {"dtype": torch.float64}
+MIXED = Case(("rat", "sliding_window", "attention", "rnn"), backend="native", length=23)
+RECOMPUTED = Case(("rat", "sliding_window"), recomputed=True, **DOUBLE)
 CASES = [
     Case(("rat", "rat"), **DOUBLE),
     Case(("rat", "rat"), chunk_size=1, **DOUBLE),
@@ -80,19 +83,12 @@ CASES = [
     Case(("rat", "sliding_window"), window_size=9, **DOUBLE),
     Case(("rat", "attention"), chunk_size=2, **DOUBLE),
     Case(("rat", "rnn"), recomputed=True),
-    Case(("rat", "sliding_window"), recomputed=True, **DOUBLE),
-    Case(("rat", "sliding_window", "attention", "rnn"), backend="native", length=23),
+    RECOMPUTED,
+    MIXED,
     Case(("rat", "rat"), chunk_size=1, backend="native"),
 ]
 # Without a GPU the Triton kernels run in the interpreter, see tests/conftest.py.
 INTERPRETED = Case(("rat",), length=5, chunk_size=2, backend="triton")
-
-
-def sent_bytes(profiler: torch.profiler.profile, itemsize: int) -> int:
-    """What this rank handed to all-to-alls, forward and backward; none of it is its own."""
-    calls = [e for e in profiler.events() if e.name == "_c10d_functional::all_to_all_single"]
-    assert calls
-    return sum(math.prod(call.input_shapes[0]) * itemsize for call in calls)
 
 
 def on_ranks(rank: int, num_ranks: int, store: str, checks: list[str]) -> None:
@@ -133,23 +129,12 @@ def averaged(found: dict[str, Tensor], shard: ContextShard) -> dict[str, Tensor]
 def compare(case: Case, group: dist.ProcessGroup | None = None) -> None:
     expected = results(case)
     shard = ContextShard.of(case.length, case.chunk_size, group)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
-        found = averaged(results(case, shard), shard)
+    found = averaged(results(case, shard), shard)
     expected["logits"] = shard.part(expected["logits"])
     # A recurrence's state stays in fp32.
     exact = case.dtype == torch.float64 and "rnn" not in case.pattern
     tolerance = 1e-12 if exact else 1e-6
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance, msg=lambda m: f"{case}: {m}")
-    check_traffic(case, shard, sent_bytes(profiler, case.dtype.itemsize))
-
-
-def check_traffic(case: Case, shard: ContextShard, sent: int) -> None:
-    """A training step and, in `results`, another forward pass; recomputed layers send once more."""
-    total = torch.tensor(sent)
-    dist.all_reduce(total, group=shard.group)
-    passes = 4 if case.recomputed else 3
-    step = bytes_per_token(case.config, case.length, shard.num_ranks, case.dtype.itemsize)
-    assert int(total) == round(BATCH * case.length * step * passes / 2), case
 
 
 def whole_and_dealt_out_agree() -> None:
@@ -158,8 +143,38 @@ def whole_and_dealt_out_agree() -> None:
             compare(case)
 
 
+def traffic_is_as_counted() -> None:
+    """A training step and, in `results`, another forward pass; recomputed layers send once more."""
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    for case, passes in ((MIXED, 3), (RECOMPUTED, 4)):
+        shard = ContextShard.of(case.length, case.chunk_size)
+        with torch.profiler.profile(activities=cpu, record_shapes=True) as profiler:
+            results(case, shard)
+        # forward and backward; nothing that is handed over comes back to its own rank
+        calls = [e for e in profiler.events() if e.name == "_c10d_functional::all_to_all_single"]
+        assert len(calls) == passes * len(case.pattern)
+        sent = torch.tensor(sum(math.prod(call.input_shapes[0]) for call in calls) * case.dtype.itemsize)
+        dist.all_reduce(sent)
+        step = bytes_per_token(case.config, case.length, shard.num_ranks, case.dtype.itemsize)
+        assert int(sent) == round(BATCH * case.length * step * passes / 2), case
+
+
 def triton_agrees() -> None:
     compare(INTERPRETED)
+
+
+def weights_may_be_sharded_over_the_same_ranks() -> None:
+    """FSDP2 averages, as DDP does."""
+    expected, model, shard = results(RECOMPUTED), RECOMPUTED.model(), ContextShard.of(RECOMPUTED.length, 4)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (shard.num_ranks,))
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
+    loss = model(*(shard.part(x) for x in RECOMPUTED.batch()), shard=shard)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected["loss"])
+    for name, p in model.named_parameters():
+        found = p.grad.full_tensor()
+        torch.testing.assert_close(found, expected[name.replace("_checkpoint_wrapped_module.", "")])
 
 
 def a_group_of_some_ranks_will_do() -> None:
@@ -184,11 +199,18 @@ def bf16_is_as_good_as_in_one_process() -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    spawn(tmp_path, 2, "whole_and_dealt_out_agree", "triton_agrees", "bf16_is_as_good_as_in_one_process")
+    spawn(
+        tmp_path,
+        2,
+        "whole_and_dealt_out_agree",
+        "triton_agrees",
+        "weights_may_be_sharded_over_the_same_ranks",
+        "bf16_is_as_good_as_in_one_process",
+    )
 
 
 def test_three_ranks(tmp_path: Path) -> None:
-    spawn(tmp_path, 3, "whole_and_dealt_out_agree", "a_group_of_some_ranks_will_do")
+    spawn(tmp_path, 3, "whole_and_dealt_out_agree", "traffic_is_as_counted", "a_group_of_some_ranks_will_do")
 
 
 CHECK = """
