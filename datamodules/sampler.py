@@ -114,6 +114,12 @@ class TrainSampler(Sampler[NDArray[np.int64]]):
             micro_steps = np.arange(first, min(first + block, len(self)))
             yield from self.samples(micro_steps[:, None] * self._step + lane, epoch)
 
+    def micro_batch(self, number: int) -> list[int]:
+        """The samples of this rank's micro batch `number` of the epoch, without PADDING."""
+        first = number * self._step + self._rank * self._micro_batch
+        samples = self.samples(np.arange(first, first + self._micro_batch), self.epoch)
+        return samples[samples != PADDING].tolist()
+
     def samples(self, positions: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
         """The samples at the positions (any shape) of an epoch; PADDING behind the last one."""
         real = positions < self.total

@@ -1,5 +1,6 @@
 """Training and validation logic for Lightning: the module, its schedule, callbacks. Knows models, not data."""
 
+from lightning_modules.bad_steps import BadStepGuard
 from lightning_modules.callbacks import (
     ExportModel,
     MemoryLengthHistogram,
@@ -9,11 +10,13 @@ from lightning_modules.callbacks import (
 from lightning_modules.checkpoints import BackgroundCheckpointIO, LastCheckpoint
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.preemption import Preemption
+from lightning_modules.run_record import RunRecord
 from lightning_modules.schedule import OptimizerConfig
 from lightning_modules.sharding import FSDP2Strategy, FSDPStrategy
 
 __all__ = [
     "BackgroundCheckpointIO",
+    "BadStepGuard",
     "ExportModel",
     "FSDP2Strategy",
     "FSDPStrategy",
@@ -23,5 +26,6 @@ __all__ = [
     "OptimizerConfig",
     "PredictionWriter",
     "Preemption",
+    "RunRecord",
     "Throughput",
 ]

@@ -4,15 +4,17 @@ import logging
 import signal
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from lightning_modules import LanguageModel, LastCheckpoint, Preemption
+from lightning_modules import BadStepGuard, LanguageModel, LastCheckpoint, Preemption, RunRecord
 from lightning_modules.callbacks import PredictionWriter
 from lightning_modules.checkpoints import AtomicCheckpointIO
 from lightning_modules.preemption import SIGNALS
@@ -24,8 +26,24 @@ class LightningParser(ConfigParser, LightningArgumentParser):
     """Lightning's parser with our errors."""
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes what `fit` was told to config.yaml in the run's folder; what it said before goes to config-1.yaml, ..."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, if this is training."""
+        if stage != "fit":
+            return
+        path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
+        before = path.read_text() if trainer.is_global_zero and path.is_file() else None
+        super().setup(trainer, pl_module, stage)
+        if before is not None and path.read_text() != before:
+            number = 1 + len(list(path.parent.glob(f"{path.stem}-*{path.suffix}")))
+            path.with_stem(f"{path.stem}-{number}").write_text(before)
+
+
 class RatCLI(LightningCLI):
-    """A concrete model, any data module; checkpoints are written atomically and configs kept beside the logs."""
+    """A concrete model, any data module; every fit guards its steps, and keeps config, summary, errors and checkpoints
+    in one folder."""
 
     def __init__(self, args: Sequence[str] | None, **kwargs: Any) -> None:
         super().__init__(
@@ -34,6 +52,7 @@ class RatCLI(LightningCLI):
             args=args,
             subclass_mode_data=True,
             parser_class=LightningParser,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -47,6 +66,11 @@ class RatCLI(LightningCLI):
         parser = self.parser_class(**kwargs)
         parser.add_argument("-c", "--config", action=ConfigFile, help="YAML file; later ones win. Repeat to layer.")
         return parser
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Beside trainer, model and data: what is to become of bad steps."""
+        super().add_core_arguments_to_parser(parser)
+        parser.add_lightning_class_args(BadStepGuard, "guard")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`; Lightning's own warns where they are not those of the process."""
@@ -62,6 +86,7 @@ class RatCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks = [*callbacks, PredictionWriter()]
         if self.subcommand == "fit":
+            callbacks = [*callbacks, RunRecord()]
             given = [type(callback) for callback in _as_list(config.get("callbacks"))]
             if LastCheckpoint in given and Preemption not in given:
                 callbacks = [*callbacks, Preemption()]
@@ -75,6 +100,13 @@ class RatCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """What the Trainer's method is called with. Raises ValueError where there is no last checkpoint to look at."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        logger = self.trainer.logger
+        numbered = isinstance(logger, TensorBoardLogger | CSVLogger) and logger._version is None
+        if subcommand == "fit" and numbered and kwargs.get("ckpt_path") == "last":
+            raise ValueError(
+                "--ckpt_path last: the logger gives every run another folder, so there is nothing to go on from:"
+                " set trainer.logger.init_args.version"
+            )
         if subcommand != "fit" and kwargs.get("ckpt_path") == "last":
             savers = [saver for saver in self.trainer.callbacks if isinstance(saver, ModelCheckpoint)]
             if not any(saver._find_last_checkpoints(self.trainer) for saver in savers):

@@ -169,3 +169,11 @@ def test_evaluation_covers_every_sample_once(total: int, micro_batch: int, world
 def test_impossible_numbers_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainSampler(**{"total": 10, "micro_batch": 2, "world_size": 2, "global_batch": 4, **options})
+
+
+def test_a_micro_batch_can_be_asked_for_by_its_number() -> None:
+    options = {"total": 21, "micro_batch": 3, "global_batch": 12, "rank": 1, "world_size": 2, "seed": 5, "epoch": 2}
+    sampler = TrainSampler(**options, start=6)
+    for number, samples in enumerate(sampler, start=1):
+        assert sampler.micro_batch(number) == samples[samples != PADDING].tolist()
+    assert sampler.micro_batch(3) == [], "the last of them is padding alone"

@@ -1,0 +1,85 @@
+"""What is known of a run from its Trainer: its folder, its code, the machines it runs on, the samples it sees."""
+
+import functools
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run. All ranks have to ask together."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def sample_numbers(trainer: Trainer, batch_idx: int) -> list[int]:
+    """The training samples in this rank's micro batch `batch_idx` of the epoch; none if the sampler cannot tell."""
+    micro_batch = getattr(getattr(trainer.train_dataloader, "sampler", None), "micro_batch", None)
+    return [] if micro_batch is None else micro_batch(batch_idx)
+
+
+@functools.cache
+def code_version() -> dict[str, str | bool | None]:
+    """`package`: the version installed; `commit` and `dirty`: of the git checkout, None where it is none."""
+    try:
+        package = version("rat-lab")
+    except PackageNotFoundError:
+        package = None
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "package": package,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def environment(trainer: Trainer) -> dict[str, Any]:
+    """What this start of the run runs on, as plain values."""
+    device = trainer.strategy.root_device
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "lightning", "triton") if _installed(name)},
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "nodes": trainer.num_nodes,
+        "world_size": trainer.world_size,
+        "strategy": type(trainer.strategy).__name__,
+        "precision": str(trainer.precision),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "command": sys.argv,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had allocated at most: on the GPU, or else in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+def _git(*arguments: str) -> str | None:
+    if not (_ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
