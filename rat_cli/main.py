@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: without the program's name; default: those of the process.
 
     Raises:
-        SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were, 130 after Ctrl-C.
+        SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were, 75 where training was told
+            to stop and was saved, 130 after Ctrl-C.
     """
     if argv is None and sys.argv[1:2] == ["fit"]:
         # They wait until training has begun, and can stop it where nothing is lost: lightning_modules.preemption.
