@@ -5,6 +5,7 @@ optimisers (`optimizer_0`), parameters by name, and `meta.pt` with the rest of L
 `state_dict` and a list `optimizer_states`, parameters by number: their place in the optimiser's groups.
 """
 
+import warnings
 from collections.abc import Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -34,7 +35,9 @@ def read_folder(folder: Path) -> State:
     """
     _check_folder(folder)
     try:
-        content = _load_distributed_checkpoint(folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            content = _load_distributed_checkpoint(folder)
     except (CheckpointException, *_DAMAGE) as error:
         raise _damaged(folder, error) from None
     content["state_dict"] = content.pop("model", None) or content["state_dict"]
@@ -56,7 +59,9 @@ def write_folder(checkpoint: State, folder: Path, names: Sequence[str]) -> None:
     state = {"state_dict": rest.pop("state_dict")}
     for i, optimizer in enumerate(rest.pop("optimizer_states", [])):
         state[f"optimizer_{i}"] = _by_name(optimizer, names)
-    dcp.save(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state, checkpoint_id=folder, no_dist=True)
     torch.save(rest, folder / _METADATA_FILENAME)
     sync(folder / _METADATA_FILENAME)
 

@@ -1,7 +1,10 @@
 """Checkpoints that survive, whatever happens while they are written."""
 
+import errno
 import os
+import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules import LanguageModel, LastCheckpoint
-from lightning_modules.checkpoints import AtomicCheckpointIO
+from lightning_modules.checkpoints import AtomicCheckpointIO, BackgroundCheckpointIO
 from rat import ModelConfig
 
 Make = Callable[..., Trainer]
@@ -64,6 +67,69 @@ def test_a_process_killed_in_the_middle_of_a_save_leaves_the_old_checkpoint(tmp_
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert_whole(path, 1)
     assert list(tmp_path.glob("*.ckpt")) == [path], "half a file must not look like a checkpoint"
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    path, io = tmp_path / "last.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"value": 1}, path)
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        try:
+            io.save_checkpoint({"weights": torch.zeros(10_000)}, path)
+        except OSError as error:
+            os._exit(error.errno or 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == errno.EFBIG
+    assert_whole(path, 1)
+    assert list(tmp_path.iterdir()) == [path], "the room that it took is free again"
+
+
+# --- BackgroundCheckpointIO
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Saves wait for it."""
+    event, save = threading.Event(), torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: event.wait(10) and save(*arguments))
+    return event
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    first, second, io = tmp_path / "1.ckpt", tmp_path / "2.ckpt", BackgroundCheckpointIO()
+    weights = torch.zeros(3)
+    io.save_checkpoint({"weights": weights}, first)
+    weights += 1  # what the next step does
+    assert not first.exists()
+    gate.set()
+    assert not io.load_checkpoint(first, weights_only=True)["weights"].any()
+
+    gate.clear()
+    io.save_checkpoint({"weights": weights}, second)
+    io.remove_checkpoint(first)
+    assert first.exists(), "the old one stays until the new one is whole"
+    gate.set()
+    io.teardown()
+    assert [path.name for path in tmp_path.iterdir()] == ["2.ckpt"]
+
+
+def test_a_background_save_that_fails_is_told_and_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_is_full() -> None:
+        raise OSError("no space left")
+
+    path, io = tmp_path / "1.ckpt", BackgroundCheckpointIO()
+    io.save_checkpoint({"value": 1}, path)
+    io.teardown()
+    monkeypatch.setattr(torch, "save", broken_save(disk_is_full))
+    io.save_checkpoint({"value": 2}, tmp_path / "2.ckpt")
+    io.remove_checkpoint(path)
+    with pytest.raises(OSError, match="no space"):
+        io.teardown()
+    assert_whole(path, 1)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- LastCheckpoint
