@@ -127,7 +127,7 @@ class ContextShard:
         given = [handed_on(borders, self.rank, other, window) for other in ranks]
         taken = [handed_on(borders, other, self.rank, window) for other in ranks]
         x = x.transpose(0, 1)
-        outgoing = torch.cat([x[len(x) - count :] for count in given])
+        outgoing = torch.cat([x[len(x) - count :] for count in given]).contiguous()
         incoming = collectives.all_to_all_single(outgoing, taken, given, self._group())
         return collectives.wait_tensor(incoming).transpose(0, 1)
 

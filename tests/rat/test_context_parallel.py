@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ INTERPRETED = Case(("rat",), length=5, chunk_size=2, backend="triton")
 def on_ranks(rank: int, num_ranks: int, store: str, checks: list[str]) -> None:
     """A process of the tests below."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
+    soon = timedelta(minutes=2)  # a rank that waits in vain fails
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=soon)
     for check in checks:
         globals()[check]()
     dist.destroy_process_group()
