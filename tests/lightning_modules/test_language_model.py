@@ -223,6 +223,18 @@ def test_checkpoints_hold_plain_data_and_know_their_architecture(
         make_trainer(logger=False).validate(LanguageModel(config), data, ckpt_path=path)
 
 
+def test_a_checkpoint_of_another_version_is_loaded_with_a_warning(
+    config: ModelConfig, ragged: Data, make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, trainer = tmp_path / "some.ckpt", make_trainer(max_steps=1)
+    trainer.fit(LanguageModel(config), ragged())
+    monkeypatch.setattr(language_model, "version", lambda name: "0.0.9")
+    trainer.save_checkpoint(path)
+    monkeypatch.setattr(language_model, "version", lambda name: "0.2.0")
+    with pytest.warns(UserWarning, match=r"written by rat-lab 0\.0\.9, this is 0\.2\.0"):
+        make_trainer(max_steps=2).fit(LanguageModel(config), ragged(), ckpt_path=path)
+
+
 def test_training_starts_from_a_saved_model(
     config: ModelConfig, ragged: Data, make_trainer: Make, tmp_path: Path
 ) -> None:

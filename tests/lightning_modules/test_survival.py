@@ -50,7 +50,7 @@ trainer:
     - class_path: lightning_modules.LastCheckpoint
       init_args: {{every_n_train_steps: {every}, dirpath: {folder}/checkpoints}}
 model:
-  model: {{vocab_size: 160, d_model: 16, num_layers: 2, num_heads: 2, pattern: [rat, attention], chunk_size: 4}}
+  model: {{vocab_size: 160, d_model: {d_model}, num_layers: 2, num_heads: 2, pattern: [rat, attention], chunk_size: 4}}
   optimizer: {{peak_lr: 3.0e-4}}
   global_batch_size: 4
   kernel_backend: portable
@@ -100,13 +100,14 @@ class Run:
 
     def start(
         self, ranks: int = 1, strategy: str = "auto", plugins: str = "null", seconds: float = 0.0, every: int = 25,
-        largest_file: int | None = None,
+        largest_file: int | None = None, d_model: int = 16,
     ) -> list[BaseProcess]:  # fmt: skip
         """Processes that train, on from the last checkpoint if there is one."""
         config = self.folder / "config.in.yaml"
         text = CONFIG.format(
             folder=self.folder, data=self.data, witness=f"{Witness.__module__}.Witness", seconds=seconds,
             ranks=ranks, strategy=strategy, plugins=plugins, every=every, steps=STEPS, batch_size=2 // ranks,
+            d_model=d_model,
         )  # fmt: skip
         config.write_text(text)
         arguments = ["fit", "--config", str(config), "--ckpt_path", "last"]
@@ -340,3 +341,22 @@ def test_a_converted_checkpoint_goes_on(make_run: MakeRun, whole: Run, tmp_path:
         assert run.checkpoint.is_dir() == (form == "shards")
     run.finish()
     assert_same_training(run, whole, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_what_shards_cannot_be_resumed_with_is_named(make_run: MakeRun) -> None:
+    run = make_run()
+
+    def says(**options: Any) -> str:
+        (process,) = run.start(strategy=FSDP2, **options)
+        process.join(20)
+        assert process.exitcode == 1
+        return run.log(0).read_text().splitlines()[-1]
+
+    assert says(plugins=BACKGROUND).startswith("error: FSDP2Strategy writes its shards itself, which Background")
+    (process,) = run.train_until(3, strategy=FSDP2)
+    process.kill()
+    process.join()
+    assert says(d_model=32).startswith("error: the checkpoint holds another model than the config: d_model is 16, not")
+    next(standing(run.checkpoint).glob("*.distcp")).unlink()
+    assert "is damaged or incomplete: copy it again" in says()
