@@ -90,14 +90,14 @@ class BadStepGuard(Callback):
         limit = self._limit()
         loss, nan_loss, nan_gradient, spike = self._look(trainer, pl_module, limit)
         micro_batches, self._micro_batches = self._micro_batches, []
-        action = self.on_nan if nan_loss or nan_gradient else self.on_spike if spike else None
-        if action is None:
+        option = "on_nan" if nan_loss or nan_gradient else "on_spike" if spike else None
+        if option is None:
             self._in_a_row = 0
         else:
-            reason = f"the loss leaps to {loss:.3f}, above {limit:.3f}" if spike else "the gradient is not finite"
-            reason = f"the loss is {loss}" if nan_loss else reason
-            self._act(action, reason, trainer, optimizer, self._describe(trainer, micro_batches, limit))
-        if action != "skip" and math.isfinite(loss):
+            leap = f"the loss leaps to {loss:.3f}, above {limit:.3f}"
+            reason = f"the loss is {loss}" if nan_loss else "the gradient is not finite" if nan_gradient else leap
+            self._act(option, reason, trainer, optimizer, self._describe(trainer, micro_batches, limit))
+        if (option is None or getattr(self, option) != "skip") and math.isfinite(loss):
             self._losses.append(loss)
         if "skip" in (self.on_nan, self.on_spike):
             pl_module.log("train/skipped_steps", float(self.skipped))
@@ -135,8 +135,9 @@ class BadStepGuard(Callback):
         return torch.cat([loss[None], flags]).tolist()
 
     def _act(
-        self, action: Action, reason: str, trainer: Trainer, optimizer: Optimizer, micro_batches: list[dict[str, Any]]
+        self, option: str, reason: str, trainer: Trainer, optimizer: Optimizer, micro_batches: list[dict[str, Any]]
     ) -> None:
+        action = getattr(self, option)
         samples = sorted({sample for micro_batch in micro_batches for sample in micro_batch["samples"]})
         some = ", ".join(map(str, samples[:_SHOWN])) + (f" and {len(samples) - _SHOWN} more" * bool(samples[_SHOWN:]))
         where = f"step {trainer.global_step}: {reason}" + f" (training samples {some})" * bool(samples)
@@ -149,18 +150,19 @@ class BadStepGuard(Callback):
             optimizer.zero_grad(set_to_none=True)
             rank_zero_warn(f"{where}; skipped, {self.skipped} so far")
         else:
-            many = f", after {self.max_skipped} skipped steps in a row" if action == "skip" else ""
             self._found = {"step": trainer.global_step, "reason": reason, "micro_batches": micro_batches}
-            self._stop(trainer, where + many)
+            self._stop(trainer, where, option)
 
-    def _stop(self, trainer: Trainer, where: str) -> NoReturn:
+    def _stop(self, trainer: Trainer, where: str, option: str) -> NoReturn:
         path = run_folder(trainer) / f"bad-step-{trainer.global_step}.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         self._found = None
+        many, leave_out = f", after {self.max_skipped} skipped steps in a row", ""
+        if getattr(self, option) == "stop":
+            many, leave_out = "", f", or leave the step out with --ckpt_path {path} --guard.{option} skip"
         raise BadStepError(
-            f"{where}. {path} holds the state before it and the batch. Lower model.optimizer.peak_lr and go back to an"
-            f" earlier checkpoint, or mend the data, or leave the step out with --ckpt_path {path} --guard.on_nan skip"
-            " --guard.on_spike skip"
+            f"{where}{many}. {path} holds the state before it and the batch. Lower model.optimizer.peak_lr and go back"
+            f" to an earlier checkpoint, or mend the data{leave_out}"
         )
 
     def _describe(

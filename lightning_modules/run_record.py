@@ -58,6 +58,7 @@ class RunRecord(Callback):
                 start["status"] = "killed"
         # what was validated before belongs to other weights, if this training starts from the beginning
         self._val_loss = before.get("val_loss") if trainer.global_step else None
+        self._tokens_per_step = before.get("tokens", 0) // (before.get("steps") or 1)
         self._starts.append(
             {
                 "time": _now(), "status": "running", "error": None, "first_step": trainer.global_step,

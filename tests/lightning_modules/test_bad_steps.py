@@ -133,6 +133,15 @@ def test_a_spike_stops(config: ModelConfig, ragged: Data, make_trainer: Make, tm
     assert found["loss"] == pytest.approx(3 * 3.47, rel=0.2)  # ln 32 = 3.47
 
 
+def test_a_skipped_spike_is_none_of_the_losses_to_compare_with(
+    config: ModelConfig, ragged: Data, make_trainer: Make
+) -> None:
+    guard = BadStepGuard(on_spike="skip", spike_window=2, spike_std=2.0, spike_rise=0.5)
+    with pytest.warns(UserWarning, match="step 3: the loss leaps .*; skipped, 1 so far"):
+        fit(make_trainer, config, ragged, Poison({3: 3.0}), guard, max_steps=4)
+    assert max(guard.state_dict()["losses"]) < 5
+
+
 def test_the_limit_is_above_mean_by_deviations_and_by_nats() -> None:
     guard = BadStepGuard(spike_window=4, spike_std=2.0, spike_rise=0.5)
     guard.load_state_dict({"losses": [3.0, 5.0, 3.0], "skipped": 0, "in_a_row": 0})

@@ -1,6 +1,7 @@
 """What a run leaves in its folder, however it ends."""
 
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules import LanguageModel, RunRecord, run_folder
+from lightning_modules import LanguageModel, RunRecord, run_folder, run_record
 from rat import ModelConfig
 
 Make = Callable[..., Trainer]
@@ -71,6 +72,19 @@ def test_a_finished_run(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (start["environment"]["world_size"], start["environment"]["slurm_job"]) == (1, "17")
 
 
+def test_validation_takes_no_time_of_training(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, hours = [0.0], Callback()
+
+    def go_on(seconds: float) -> Callable[..., None]:
+        return lambda *_: clock.append(clock[-1] + seconds)
+
+    monkeypatch.setattr(run_record, "time", types.SimpleNamespace(monotonic=lambda: clock[-1]))
+    hours.on_validation_batch_start = go_on(3600)  # type: ignore[method-assign]
+    hours.on_train_batch_start = go_on(2)  # type: ignore[method-assign]
+    summary = fit(hours, val_check_interval=2)
+    assert (summary["training_seconds"], summary["tokens_per_second"]) == (3 * 2, 72 / 6)
+
+
 def test_a_failed_run_says_with_what_and_where(fit: Fit, folder: Path) -> None:
     summary = fit(Interrupt(RuntimeError("out of luck\nand more"), 2))
     assert (summary["status"], summary["error"], summary["steps"]) == ("failed", "RuntimeError: out of luck", 2)
@@ -119,7 +133,10 @@ def test_a_run_that_goes_on_keeps_what_was_before(fit: Fit, folder: Path) -> Non
     # as if the process had been killed instead
     first["status"] = first["starts"][0]["status"] = "running"
     (folder / "summary.json").write_text(json.dumps(first))
-    summary = fit(ckpt_path=path, max_steps=5, val_check_interval=1.0)
+    seen, watch = [], Callback()
+    watch.on_train_batch_start = lambda *_: seen.append(json.loads((folder / "summary.json").read_text()))  # type: ignore[method-assign]
+    summary = fit(watch, ckpt_path=path, max_steps=5, val_check_interval=1.0)
+    assert (seen[0]["steps"], seen[0]["tokens"], seen[0]["status"]) == (2, 2 * 24, "running")
     assert (summary["status"], summary["steps"], summary["restarts"]) == ("finished", 5, 1)
     assert [start["status"] for start in summary["starts"]] == ["killed", "finished"]
     assert [(start["first_step"], start["last_step"]) for start in summary["starts"]] == [(0, 3), (2, 5)]

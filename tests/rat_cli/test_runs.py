@@ -104,7 +104,7 @@ def test_a_bad_step_names_its_samples_and_can_be_left_out(
     assert "BadStepError: step 2: the loss is nan" in log
     assert (summary(run)["status"], summary(run)["steps"]) == ("failed", 2)
     assert summary(run)["error"].startswith("BadStepError: step 2: the loss is nan")
-    # as the message advises
+    assert result.err.rstrip().endswith(f"or leave the step out with --ckpt_path {path} --guard.on_nan skip")
     result = cli("fit", "--config", tiny, "--trainer.max_steps", "4", "--ckpt_path", path, "--guard.on_nan", "skip")
     assert result.code == 0, result.err
     assert (summary(run)["skipped_steps"], summary(run)["steps"], summary(run)["status"]) == (1, 4, "finished")
