@@ -1,33 +1,49 @@
-"""What a config costs, before it is trained: parameters, FLOPs, cache and memory. Nothing is allocated."""
+"""What a config costs, before it is trained: parameters, FLOPs, cache, memory, GPU-hours. Nothing is allocated."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rat import CausalLM, ModelConfig
+from rat.memory import TrainingMemory
 from rat_cli.lightning import RatCLI
+from rat_cli.plan import GB, Plan, read_plan
 
-_GIB = 2**30
-# Bytes for each parameter in training: weight, gradient and AdamW's two means, all fp32.
-_TRAINING_BYTES = 16
+STRATEGIES = Path(__file__).parents[1] / "configs" / "strategy"
+# Parts of a device's memory as they are printed.
+PARTS = {
+    "weights": "weights (fp32)",
+    "gradients": "gradients (fp32)",
+    "optimizer": "AdamW (fp32)",
+    "activations": "kept for the backward",
+    "loss": "logits and loss",
+    "temporary": "temporary",
+    "gathered": "gathered weights and gradients",
+    "communication": "being sent",
+}
 
 
 class InfoCLI(RatCLI):
     """Reads what fit reads, and makes nothing of it."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(args, run=False, parser_kwargs={"prog": "cli.py info"})
+        super().__init__(list(_named_strategies(args)), run=False, parser_kwargs={"prog": "cli.py info"})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is asked of the config."""
         parser.add_argument("--seq_len", type=list[int] | None, default=None, help="lengths to tell costs at")
         parser.add_argument("--ckpt_path", default=None, help="not looked at: whatever a config for fit may hold")
         parser.add_argument("--batch_size", type=int | None, default=None, help="micro batch; default: the data's")
+        parser.add_argument("--devices", type=int | None, default=None, help="of all nodes; default: the trainer's")
+        parser.add_argument("--strategy", help="NAME: as --config configs/strategy/NAME.yaml; default: the trainer's")
+        parser.add_argument("--device_memory_gb", type=float, default=80.0, help="memory of a device, in 10^9 bytes")
+        parser.add_argument(
+            "--peak_tflops", type=float, default=989.0, help="of a device; default: an H100's in bf16, without sparsity"
+        )
+        parser.add_argument("--mfu", type=float, default=0.4, help="share of it that is reached: an assumption")
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""
@@ -36,43 +52,43 @@ class InfoCLI(RatCLI):
         """Nothing is made."""
 
 
+def _named_strategies(args: Sequence[str]) -> Iterator[str]:
+    """`args` with --strategy NAME as the file that it stands for. Raises ValueError where there is none."""
+    rest = iter(args)
+    for arg in rest:
+        option, equals, name = arg.partition("=")
+        if option != "--strategy":
+            yield arg
+            continue
+        name = name if equals else next(rest, "")
+        known = sorted(path.stem for path in STRATEGIES.glob("*.yaml"))
+        if name not in known:
+            raise ValueError(f"there is no strategy {name!r}: choose one of {', '.join(known)}")
+        yield from ("--config", str(STRATEGIES / f"{name}.yaml"))
+
+
 def main(args: Sequence[str]) -> None:
-    """Print what the config that `args` describe costs; they are those of fit, and --seq_len and --batch_size."""
+    """Print what the config that `args` describe costs; they are those of fit and of `InfoCLI`."""
     config = InfoCLI(args).config
-    model = ModelConfig(**config.model.model.as_dict())
-    lengths = config.seq_len or sorted({1024, model.max_seq_len, 4 * model.max_seq_len, 32768})
-    data = (config.data or {}).get("init_args") or {}
-    for line in describe(
-        model,
-        lengths,
-        batch_size=config.batch_size or data.get("batch_size") or 1,
-        train_len=data.get("seq_len") or model.max_seq_len,
-        bf16="bf16" in str(config.trainer.precision),
-        checkpointing=config.model.activation_checkpointing,
-    ):
+    for name in ("device_memory_gb", "peak_tflops", "mfu"):
+        if not config[name] > 0:
+            raise ValueError(f"{name} must be above 0, got {config[name]}")
+    plan = read_plan(config, config.batch_size, config.devices)
+    lengths = config.seq_len or sorted({1024, plan.model.max_seq_len, 4 * plan.model.max_seq_len, 32768})
+    for line in describe_model(plan.model, lengths):
         print(line)
+    for line in describe_training(plan, config.device_memory_gb, config.peak_tflops, config.mfu):
+        print(line, flush=True)
 
 
-def describe(
-    config: ModelConfig, lengths: Sequence[int], *, batch_size: int, train_len: int, bf16: bool, checkpointing: bool
-) -> Iterator[str]:
-    """The lines of the table.
-
-    Args:
-        config: of the model.
-        lengths: sequence lengths to tell FLOPs and cache at, in tokens.
-        batch_size: sequences a device trains on at once.
-        train_len: their length.
-        bf16: whether products run in bf16 (weights stay fp32).
-        checkpointing: whether only the blocks' inputs are kept for the backward.
-    """
+def describe_model(config: ModelConfig, lengths: Sequence[int]) -> Iterator[str]:
+    """Parameters, and FLOPs and cache at sequences of these lengths in tokens."""
     with torch.device("meta"):
         model = CausalLM(config)
-    total = model.num_parameters()
     kinds = Counter(config.layer_names())
     yield f"{' + '.join(kinds)}: {config.num_layers} layers, D {config.d_model}, {config.num_heads} heads"
     yield ""
-    yield f"{'parameters':<34}{total:>18,}"
+    yield f"{'parameters':<34}{model.num_parameters():>18,}"
     yield f"{'  embedding, tied with the head':<34}{model.embedding.weight.numel():>18,}"
     for kind, count in kinds.items():
         block = model.layers[config.layer_names().index(kind)]
@@ -84,34 +100,43 @@ def describe(
     for length in lengths:
         flops = model.flops_per_token(length)
         yield f"{length:<12,}{flops:>22,}{3 * flops:>22,}{model.cache_bytes(length):>28,}"
+
+
+def describe_training(plan: Plan, memory_gb: float, peak_tflops: float, mfu: float) -> Iterator[str]:
+    """Memory of a device, the largest micro batch on `memory_gb`, the cost of the run."""
+    step, many = plan.step, f"each of {plan.devices} devices" if plan.devices > 1 else "the device"
+    place = "GPU" if step.gpu else "CPU"
+    again = ", blocks computed again for the backward" if step.checkpointing else ""
     yield ""
-    kept = activation_bytes(config, batch_size, train_len, bf16)
-    if checkpointing:
-        kept = kept // config.num_layers + 4 * batch_size * train_len * config.d_model * config.num_layers
-    state = _TRAINING_BYTES * total
-    yield f"training memory of a device that shards nothing, {batch_size} x {train_len:,} tokens, without workspace"
-    yield f"{'  weights, gradients, AdamW (fp32)':<34}{state / _GIB:>14.2f} GiB"
-    yield f"{'  kept for the backward':<34}{kept / _GIB:>14.2f} GiB" + ("  (recomputed)" if checkpointing else "")
-    yield f"{'  together':<34}{(state + kept) / _GIB:>14.2f} GiB"
-    cache = batch_size * model.cache_bytes(train_len)
-    yield f"inference memory in bf16 (estimate), {batch_size} x {train_len:,} tokens, without activations"
-    yield f"{'  weights':<34}{2 * total / _GIB:>14.2f} GiB"
-    yield f"{'  cache':<34}{cache / _GIB:>14.2f} GiB"
+    yield f"training memory of {many} ({place}, {plan.strategy}), {step.batch_size} x {step.seq_len:,} tokens{again}"
+    yield from _table(plan.memory())
+    batch, memory = plan.largest_batch(memory_gb)
+    micro_batches = plan.global_batch_size // batch // plan.devices
+    yield (
+        f"largest micro batch in {memory_gb:g} GB: {batch} ({memory.total / GB:.2f} GB),"
+        f" {micro_batches} of them in a step of {plan.global_batch_size}"
+    )
+    yield ""
+    flops = plan.flops()
+    if flops is None:
+        yield "cost of the run: its length is the data's; --trainer.max_steps N tells that of N optimiser steps"
+        return
+    hours = gpu_hours(flops, peak_tflops, mfu)
+    tokens = step.seq_len * plan.global_batch_size * (plan.max_steps or 0)
+    yield f"cost of the run: {tokens:.4g} tokens, {flops:.4g} FLOPs"
+    yield (
+        f"  {hours:,.3g} device-hours, {hours / plan.devices:,.3g} hours on {plan.devices},"
+        f" if {mfu:.0%} of {peak_tflops:g} TFLOP/s are reached (an assumption)"
+    )
 
 
-def activation_bytes(config: ModelConfig, batch_size: int, seq_len: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward pass for its backward, counted on tensors without content."""
-    kept: dict[int, Tensor] = {}
-    with FakeTensorMode():
-        model = CausalLM(config)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+def gpu_hours(flops: float, peak_tflops: float, mfu: float) -> float:
+    """Hours of one device that reaches the share `mfu` of its peak."""
+    return flops / (peak_tflops * 1e12 * mfu) / 3600
 
-        def keep(x: Tensor) -> Tensor:
-            kept.setdefault(x.untyped_storage()._cdata, x)
-            return x
 
-        ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
-        hooks: Any = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model(ids, ids)
-    return sum(x.untyped_storage().nbytes() for storage, x in kept.items() if storage not in weights)
+def _table(memory: TrainingMemory) -> Iterator[str]:
+    for part, title in PARTS.items():
+        if count := getattr(memory, part):
+            yield f"{'  ' + title:<34}{count / GB:>14.2f} GB"
+    yield f"{'  together, at the fullest moment':<34}{memory.total / GB:>14.2f} GB"

@@ -1,6 +1,7 @@
-"""info prints what the model's own methods say."""
+"""info prints what the model's own methods and `rat.memory` say."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,27 @@ import torch
 import yaml
 
 from rat import CausalLM, ModelConfig
-from rat_cli.info import activation_bytes
+from rat_cli.info import InfoCLI, gpu_hours
 from rat_cli.lightning import RatCLI
+from rat_cli.plan import Plan, read_plan
 
 Cli = Callable[..., Any]
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = [["quickstart.yaml"], *(["quickstart.yaml", f"backbone/{p.name}"] for p in (CONFIGS / "backbone").iterdir())]
-XL = [[str(p.relative_to(CONFIGS))] for p in sorted((CONFIGS / "experiment/fineweb_edu").glob("*-xl.yaml"))]
-WHOLE = [files for files in SMALL + XL if "base-xl" not in files[0]]
+XL = "experiment/fineweb_edu/rat-xl.yaml"
 
 
-@pytest.mark.parametrize("files", WHOLE, ids=" ".join)
+def printed(out: str) -> dict[str, list[str]]:
+    """The words of each line, by the line's first word."""
+    return {words[0]: words for words in (line.replace(",", "").split() for line in out.splitlines()) if words}
+
+
+@pytest.mark.parametrize("files", SMALL, ids=" ".join)
 def test_info_prints_what_the_model_says(cli: Cli, files: list[str]) -> None:
     options = [option for file in files for option in ("--config", CONFIGS / file)]
-    # cheap activations: they are counted in another test
-    result = cli("info", *options, "--batch_size", "1", "--data.init_args.seq_len", "16", "--seq_len", "[1024, 5000]")
+    # few tokens and one micro batch, since memory is counted in another test
+    few = ("--batch_size", "1", "--model.global_batch_size", "1", "--data.init_args.seq_len", "16")
+    result = cli("info", *options, *few, "--seq_len", "[1024, 5000]")
     assert result.code == 0, result.err
     config = yaml.safe_load(cli("fit", *options, "--print_config").out)["model"]["model"]
     with torch.device("meta"):
@@ -38,24 +45,84 @@ def test_info_prints_what_the_model_says(cli: Cli, files: list[str]) -> None:
         blocks.setdefault(name, []).append(sum(p.numel() for p in layer.parameters()))
     for name, sizes in blocks.items():
         assert [str(len(sizes)), "x", name, "each", str(sizes[0])] in rows
-    state = next(row for row in rows if row[:2] == ["weights", "gradients"])
-    assert float(state[-2]) == pytest.approx(16 * model.num_parameters() / 2**30, abs=0.006)
+    assert float(printed(result.out)["weights"][-2]) == pytest.approx(4 * model.num_parameters() / 1e9, abs=0.006)
 
 
-def test_activations_are_what_autograd_keeps() -> None:
-    config = ModelConfig(vocab_size=64, d_model=16, num_layers=2, num_heads=2, chunk_size=4, max_seq_len=32)
-    model, kept = CausalLM(config), {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def test_info_tells_the_largest_batch_and_the_cost(cli: Cli, tiny: Path) -> None:
+    options = ("--config", tiny, "--devices", "2", "--strategy", "ddp", "--model.global_batch_size", "24")
+    plan = read_plan(InfoCLI([str(option) for option in options]).config, devices=2)
+    assert (plan.strategy, plan.step.buckets, plan.step.accumulating) == ("ddp", True, True)
+    fits = {batch: plan_memory(plan, batch) for batch in (1, 2, 3, 4, 6, 12)}
+    assert list(fits.values()) == sorted(fits.values())
+    batch, memory = plan.largest_batch((fits[6] - 1) / 1e9)
+    assert (batch, memory.total) == (4, fits[4])
+    assert plan.largest_batch(fits[6] / 1e9)[0] == 6
+    result = cli("info", *options, "--device_memory_gb", fits[4] / 1e9, "--peak_tflops", "1e-6", "--mfu", "0.5")
+    assert "each of 2 devices (CPU, ddp), 2 x 16 tokens" in result.out
+    assert "GB: 4 (0.00 GB), 3 of them in a step of 24" in result.out
+    with torch.device("meta"):
+        flops = 2 * 24 * 16 * 3 * CausalLM(plan.model).flops_per_token(16)
+    assert plan.flops() == flops
+    assert f"{2 * 24 * 16} tokens, {flops:.4g} FLOPs" in result.out
+    assert f"{flops / 1e6 / 0.5 / 3600:,.3g} device-hours, {flops / 1e6 / 3600:,.3g} hours on 2" in result.out
+    assert gpu_hours(3.6e15, 1.0, 0.5) == 2.0
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
-        return x
 
-    ids = torch.zeros(3, 32, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        model(ids, ids)
-    bytes_kept = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights)
-    assert activation_bytes(config, 3, 32, bf16=False) == pytest.approx(bytes_kept, rel=0.02)
+def plan_memory(plan: Plan, batch: int) -> int:
+    return replace(plan, step=replace(plan.step, batch_size=batch, accumulating=True)).memory().total
+
+
+def read(*options: str, devices: int | None = None) -> Plan:
+    return read_plan(InfoCLI(["--config", str(CONFIGS / XL), *options]).config, devices=devices)
+
+
+def test_strategies_are_read_from_their_files() -> None:
+    assert (read().strategy, read().step.sharding, read().step.buckets) == ("single", None, False)
+    assert read(devices=16).strategy == "ddp"  # what auto means to Lightning
+    assert read("--strategy=ddp", devices=16).step.buckets
+    assert read("--strategy", "ddp", "--trainer.devices", "8", "--trainer.num_nodes", "2").devices == 16
+    fsdp = read("--strategy", "fsdp", devices=16).step
+    assert fsdp.checkpointing
+    assert fsdp.sharding is not None
+    assert (fsdp.sharding.shards, fsdp.sharding.root_dtype) == (16, torch.bfloat16)
+    hybrid = read("--strategy", "fsdp2", "--trainer.strategy.init_args.replicas", "2", devices=16).step
+    assert not hybrid.checkpointing
+    assert hybrid.sharding is not None
+    assert (hybrid.sharding.replicas, hybrid.sharding.shards) == (2, 8)
+    assert (hybrid.sharding.param_dtype, hybrid.sharding.root_dtype) == (torch.bfloat16, torch.float32)
+    assert hybrid.gpu
+    assert hybrid.bf16
+    exact = read("--strategy", "fsdp2", "--trainer.precision", "32-true", devices=16).step.sharding
+    assert exact is not None
+    assert exact.param_dtype == torch.float32
+
+
+def test_a_run_whose_length_is_the_datas_has_no_cost(cli: Cli, tiny: Path) -> None:
+    options = ("--config", tiny, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
+    assert "its length is the data's" in cli("info", *options).out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--devices", "0"), "devices and batch_size must be at least 1, got 0"),
+        (("--strategy", "zero3"), "there is no strategy 'zero3': choose one of ddp, fsdp, fsdp2"),
+        (("--strategy", "single", "--trainer.strategy", "single_device", "--devices", "2"), "choose --strategy ddp"),
+        (("--trainer.strategy", "deepspeed"), "the strategy deepspeed is not counted: choose single, ddp, fsdp"),
+        (("--trainer.precision", "bf16-true"), "training in bf16-true is not counted: choose one of 32-true"),
+        (("--devices", "3"), "global_batch_size 4 is no multiple of batch_size 2 x 3 devices"),
+        (("--device_memory_gb", "1e-6"), "one sequence of 16 tokens takes 0.00 GB of a device, and there are 1e-06"),
+        (("--mfu", "0"), "mfu must be above 0, got 0"),
+        (("--strategy", "fsdp2", "--trainer.strategy.init_args.replicas", "2"), "2 copies of the model do not divide"),
+    ],
+    ids=str,
+)
+def test_info_refuses_what_it_cannot_count(cli: Cli, tiny: Path, options: tuple[str, ...], message: str) -> None:
+    result = cli("info", "--config", tiny, *options)
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_info_makes_nothing(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,166 @@
+"""What is counted without content is what training takes, by the allocator's record; sizes add up."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from rat import CausalLM, ModelConfig
+from rat.benchmarks.footprint import peak_bytes
+from rat.config import MixerName
+from rat.memory import Sharding, TrainingMemory, TrainingStep, largest_batch, loss_workspace, training_memory
+
+CONFIG = ModelConfig(
+    vocab_size=4096, d_model=256, num_layers=2, num_heads=4, chunk_size=16, num_groups=1, window_size=64,
+    max_seq_len=512,
+)  # fmt: skip
+STEP = TrainingStep(batch_size=2, seq_len=512)
+# weights matter more
+NARROW = replace(STEP, batch_size=1, seq_len=128)
+
+
+def train(config: ModelConfig, step: TrainingStep) -> None:
+    """Two optimiser steps by hand, in the order in which Lightning does things."""
+    model: Any = CausalLM(config)
+    if step.checkpointing:
+        for i, block in enumerate(model.layers):
+            model.layers[i] = checkpoint_wrapper(block)
+    if step.sharding is not None:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (step.sharding.shards,))
+        dtypes, reduced = (step.sharding.param_dtype, step.sharding.root_dtype), step.sharding.reduce_dtype
+        of_blocks, of_rest = (MixedPrecisionPolicy(dtype, reduced) for dtype in dtypes)
+        for block in model.layers:
+            fully_shard(block, mesh=mesh, mp_policy=of_blocks)
+        fully_shard(model, mesh=mesh, mp_policy=of_rest)
+    elif step.buckets:
+        model = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.randint(config.vocab_size, (step.batch_size, step.seq_len + 1))
+    for _ in range(2):
+        for micro_batch in range(2 if step.accumulating else 1):
+            last = micro_batch == int(step.accumulating)
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=step.bf16)
+            with autocast, nullcontext() if last or not step.buckets else model.no_sync():
+                loss = model(ids[:, :-1], ids[:, 1:])
+            if micro_batch == 0:
+                optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+
+
+def measured(config: ModelConfig, step: TrainingStep) -> int:
+    return peak_bytes(lambda: train(config, step), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", get_args(MixerName))
+def test_a_layer_takes_what_was_counted(name: MixerName) -> None:
+    config = replace(CONFIG, pattern=(name,))
+    assert training_memory(config, STEP).total == pytest.approx(measured(config, STEP), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        NARROW,
+        replace(STEP, bf16=True),
+        replace(STEP, checkpointing=True),
+        replace(NARROW, accumulating=True),
+        replace(NARROW, accumulating=True, checkpointing=True, bf16=True),
+    ],
+    ids=str,
+)
+def test_one_device_takes_what_was_counted(step: TrainingStep) -> None:
+    assert training_memory(CONFIG, step).total == pytest.approx(measured(CONFIG, step), rel=0.05)
+
+
+# Each with how far the count may be off. FSDP2: gloo copies what it sends, which NCCL does not.
+SPREAD = [
+    (replace(NARROW, buckets=True, accumulating=True), 0.02),
+    (replace(STEP, sharding=Sharding(shards=2)), 0.1),
+    (replace(STEP, sharding=Sharding(shards=2, param_dtype=torch.bfloat16), bf16=True, checkpointing=True), 0.15),
+]
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """A process of the test below."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    peaks = [measured(CONFIG, step) for step, _ in SPREAD]
+    Path(folder, f"{rank}.json").write_text(json.dumps(peaks))
+    dist.destroy_process_group()
+
+
+def test_each_of_two_processes_takes_what_was_counted(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        for (step, off), peak in zip(SPREAD, found, strict=True):
+            assert training_memory(CONFIG, step).total == pytest.approx(peak, rel=off), step
+
+
+def test_what_is_sharded_is_a_part_of_the_whole() -> None:
+    with torch.device("meta"):
+        whole = 4 * CausalLM(CONFIG).num_parameters()
+    alone = training_memory(CONFIG, NARROW)
+    assert (alone.weights, alone.gradients) == (whole, whole)
+    assert alone.optimizer == pytest.approx(2 * whole, rel=1e-3)
+    assert alone.loss > 0
+    assert (alone.gathered, alone.communication) == (0, 0)
+    assert training_memory(CONFIG, replace(NARROW, buckets=True)).communication == whole
+    spread = training_memory(CONFIG, replace(NARROW, sharding=Sharding(shards=8)))
+    assert spread.weights == pytest.approx(whole / 8, rel=0.01)
+    assert spread.gathered > 0
+    hybrid = training_memory(CONFIG, replace(NARROW, sharding=Sharding(shards=4, replicas=2)))
+    assert hybrid.weights == pytest.approx(whole / 4, rel=0.01)
+
+
+def test_a_gpu_keeps_no_windows() -> None:
+    step = replace(STEP, gpu=True)
+    attention, windows = (
+        training_memory(replace(CONFIG, pattern=(name,)), step) for name in ("attention", "sliding_window")
+    )
+    assert windows == attention
+
+
+def test_the_loss_in_bf16_is_done_in_fp32_on_a_cpu() -> None:
+    sizes = (1024, 4096, 256)
+    assert loss_workspace(*sizes, torch.float32, False, 256) == 4 * 256 * (4096 + 256)
+    assert loss_workspace(*sizes, torch.float32, True, 256) == 4 * 32 * (4096 + 256)  # 1024 / 16 / 2 rows
+    assert loss_workspace(*sizes, torch.bfloat16, True, 256) == 32 * 6 * (4096 + 256)
+    assert loss_workspace(*sizes, torch.bfloat16, False, 256) > 2 * 4 * 4096 * 256
+    assert loss_workspace(8, 4096, 256, torch.float32, False, 256) == 4 * 8 * (4096 + 256)  # all rows
+
+
+def test_the_largest_batch_is_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def count(config: ModelConfig, step: TrainingStep) -> TrainingMemory:
+        asked.append(step.batch_size)
+        return TrainingMemory(weights=10, activations=step.batch_size)
+
+    monkeypatch.setattr("rat.memory.training_memory", count)
+    sizes = [1, 2, 4, 8, 16, 32]
+    for memory in range(8, 50):
+        asked.clear()
+        fitting = [size for size in sizes if size + 10 <= memory]
+        found = largest_batch(CONFIG, STEP, memory, sizes)
+        assert found == ((fitting[-1], TrainingMemory(weights=10, activations=fitting[-1])) if fitting else None)
+        assert len(asked) <= (math.ceil(math.log2(len(sizes))) + 1 if fitting else 1)
+
+
+def test_a_process_that_is_part_of_a_group_is_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(RuntimeError, match="in a process of its own"):
+            training_memory(replace(CONFIG, vocab_size=64), replace(NARROW, sharding=Sharding(shards=2)))
+    finally:
+        dist.destroy_process_group()
