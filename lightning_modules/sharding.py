@@ -1,5 +1,6 @@
 """FSDP and FSDP2 as strategies of the Trainer, and what has to be gathered where processes share one model."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -91,10 +92,12 @@ class FSDP2Strategy(WholeFolders, ModelParallelStrategy):
             reduce_dtype=getattr(torch, self.reduce_dtype),
         )
         options: dict[str, Any] = {"mesh": mesh if self.replicas > 1 else mesh["shard"]}
+        # What is left to the root is the final norm and the embedding, which is the head as well. They stay gathered
+        # between their uses, and in full precision, since the loss is a sum over all tokens.
+        last = replace(policy, output_dtype=model.norm.weight.dtype)
         for layer in model.layers:
-            fully_shard(layer, mp_policy=policy, reshard_after_forward=self.reshard_after_forward, **options)
-        # What is left is the final norm and the embedding, which is the head as well. It stays gathered between its
-        # two uses, and in full precision, since the loss is a sum over all tokens.
+            own = last if layer is model.layers[-1] else policy
+            fully_shard(layer, mp_policy=own, reshard_after_forward=self.reshard_after_forward, **options)
         fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=policy.reduce_dtype), **options)
 
 
