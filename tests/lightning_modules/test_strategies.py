@@ -51,6 +51,7 @@ class Run(NamedTuple):
     strategy: str = "single"
     activation_checkpointing: bool = False
     compile: bool = False
+    precision: str = "32-true"
 
 
 class FSDPOnCPU(FSDPStrategy):
@@ -88,7 +89,8 @@ def train(run: Run, shards: Path, world_size: int = 1) -> None:
         chunk_size=4, window_size=5, max_seq_len=SEQ_LEN,
     )  # fmt: skip
     trainer = Trainer(
-        accelerator="cpu", devices=world_size, strategy=made[run.strategy](), max_steps=STEPS, log_every_n_steps=1,
+        accelerator="cpu", devices=world_size, strategy=made[run.strategy](), precision=run.precision, max_steps=STEPS,
+        log_every_n_steps=1,
         gradient_clip_val=CLIP, use_distributed_sampler=False, limit_val_batches=0, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.folder,
         logger=TensorBoardLogger(run.folder, name="", version=""),
@@ -163,9 +165,12 @@ def test_strategies_train_alike(
     runs = [Run(tmp_path / s / p, p, s) for p in PATTERNS for s in ("ddp", "fsdp2")]
     runs.append(Run(tmp_path / "fsdp", "hybrid", "fsdp"))
     runs.append(Run(tmp_path / "replicated", "hybrid", "hybrid", activation_checkpointing=True))
-    train_together(world_size, runs, random_shards)
+    low = Run(tmp_path / "low", "hybrid", "fsdp2", precision="bf16-mixed")
+    train_together(world_size, [*runs, low], random_shards)
     for run in runs:
         assert_alike(outcome(run), alone[run.pattern])
+    differences = [abs(a - b) for a, b in zip(outcome(low).loss, alone["hybrid"].loss, strict=True)]
+    assert 1e-5 < max(differences) < 5e-3, "gathered weights are in bf16"
 
 
 @pytest.mark.slow
