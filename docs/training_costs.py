@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from rat_cli.info import PARTS, InfoCLI, gpu_hours
 from rat_cli.plan import GB, Plan, read_plan
 
-EXPERIMENTS = sorted(Path(__file__).parents[1].glob("configs/experiment/fineweb_edu/*-xl.yaml"))
+FOLDER = Path(__file__).parents[1] / "configs" / "experiment" / "fineweb_edu"
+EXPERIMENTS = sorted(path for path in FOLDER.glob("*-xl.yaml") if path.name != "base-xl.yaml")
 DEVICES, MEMORY_GB = 16, 80.0
 PEAK_TFLOPS, MFU = 989.0, 0.4
 

@@ -241,7 +241,9 @@ def _build(config: ModelConfig, step: TrainingStep, mesh: DeviceMesh | None) -> 
             MixedPrecisionPolicy(dtype, sharding.reduce_dtype) for dtype in (sharding.param_dtype, sharding.root_dtype)
         )
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=of_blocks, reshard_after_forward=sharding.reshard_after_forward)
+            # the last one hands its output to the root
+            policy = replace(of_blocks, output_dtype=sharding.root_dtype) if block is blocks[-1] else of_blocks
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
         fully_shard(model, mesh=mesh, mp_policy=of_rest)
     return model
 

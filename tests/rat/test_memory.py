@@ -39,7 +39,8 @@ def train(config: ModelConfig, step: TrainingStep) -> None:
         dtypes, reduced = (step.sharding.param_dtype, step.sharding.root_dtype), step.sharding.reduce_dtype
         of_blocks, of_rest = (MixedPrecisionPolicy(dtype, reduced) for dtype in dtypes)
         for block in model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=of_blocks)
+            last = replace(of_blocks, output_dtype=step.sharding.root_dtype)
+            fully_shard(block, mesh=mesh, mp_policy=last if block is model.layers[-1] else of_blocks)
         fully_shard(model, mesh=mesh, mp_policy=of_rest)
     elif step.buckets:
         model = DistributedDataParallel(model)
