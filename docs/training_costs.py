@@ -1,4 +1,4 @@
-"""Print the tables of docs/training.md: memory on 16 GPUs, and what the paper's runs cost. Half an hour of one core.
+"""Print the tables of docs/training.md: memory on 16 GPUs, and what the paper's runs cost. Four minutes.
 
 python docs/training_costs.py [configs/experiment/fineweb_edu/rat-xl.yaml ...]
 """
