@@ -126,7 +126,7 @@ def _spelled_out(args: list[str], function: Callable[..., object]) -> Iterator[s
     switches = {
         f"--{name}" for name, parameter in signature(function).parameters.items() if parameter.annotation is bool
     }
-    for arg, following in zip(args, [*args[1:], "--"], strict=True):
+    for arg, following in zip(args, [*args, "--"][1:], strict=True):
         given, equals, value = arg.partition("=")
         name = "--" + given[2:].replace("-", "_")
         if arg.startswith("--") and name in switches:

@@ -24,7 +24,7 @@ from rat.benchmarks.options import one_of, place, positive
 from rat.benchmarks.report import Report
 from rat.benchmarks.timing import machine
 from rat.benchmarks.traffic import Pass, record
-from rat.ops.backend import describe_backend
+from rat.ops.backend import INTERPRETED, describe_backend
 from rat.ops.launch import Capability, Cost
 from rat.ops.spans import TILE, tiles
 
@@ -83,6 +83,8 @@ def kernels_benchmark(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("there is no GPU here: bench kernels needs one, or --compile-only")
     where = place(device)
+    if INTERPRETED and where.type == "cuda":
+        raise ValueError("TRITON_INTERPRET=1 interprets the kernels, on a GPU too: unset it to time real ones")
     describe_backend("triton", where, training=True)
     with Report("kernels", output, options, where) as report:
         print(machine(where))

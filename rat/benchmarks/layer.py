@@ -1,6 +1,7 @@
 """Single layers, timed: training, prefill and decoding, side by side, and how far each is from its floor."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -102,15 +103,16 @@ def layer_benchmark(
     where, kind = place(device), precision(dtype)
     one_of("mode", modes, get_args(Mode))
     positive(seq_lens=seq_lens, batch_size=batch_size, repeats=repeats)
+    seq_lens = list(dict.fromkeys(seq_lens))
     config = layer_config(
         mixers, d_model=d_model, d_head=d_head, chunk_size=chunk_size, num_groups=num_groups, window_size=window_size
     )
     explained = describe_backend(backend, where, "train" in modes)
     with Report("layer", output, options, where) as report:
         layers: dict[str, Mixer] = {name: make_layer(name, config, kind, where) for name in mixers}
+        print(f"{machine(where)}; {explained}", flush=True)
         rates = measure_rates(kind, where)
         report.rates(rates)
-        print(f"{machine(where)}; {explained}")
         sizes = f"D {d_model}, d {d_head}, L {chunk_size}, G {num_groups}, W {window_size}, batch {batch_size}"
         print(f"{dtype}, {sizes}; {rates}; medians of {repeats} interleaved rounds")
         race = _Race(layers=layers, batch_size=batch_size, backend=backend, repeats=repeats, device=where, rates=rates)
@@ -150,8 +152,9 @@ class _Race:
             if reason:
                 skipped[name] = reason
             else:
-                step = make_step(layer, mode, self.batch_size, seq_len)
-                steps[name] = _guarded(name, backend_of(name, self.backend), step, skipped)
+                backend = backend_of(name, self.backend)
+                with _noting_full_memory(name, skipped):
+                    steps[name] = _guarded(name, backend, make_step(layer, mode, self.batch_size, seq_len), skipped)
         measured = interleaved(steps, self.repeats, self.device, f"{mode}, T {seq_len}")
         measured = {name: time for name, time in measured.items() if name not in skipped}
         for name in self.layers:
@@ -192,17 +195,22 @@ def _guarded(name: str, backend: Backend, step: Step, skipped: dict[str, str]) -
     """`step` on its backend; once memory does not suffice for it, it is entered in `skipped` and does nothing."""
 
     def run() -> None:
-        if name in skipped:
-            return
-        try:
-            with use_backend(backend):
+        if name not in skipped:
+            with _noting_full_memory(name, skipped), use_backend(backend):
                 step()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped[name] = "out of memory"
 
     return run
+
+
+@contextmanager
+def _noting_full_memory(name: str, skipped: dict[str, str]) -> Iterator[None]:
+    """Enter `name` in `skipped` where memory does not suffice for the `with` block, and go on."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        skipped[name] = "out of memory"
 
 
 def growth(table: Sequence[LayerTiming], layers: Mapping[str, Mixer]) -> Iterator[Growth]:

@@ -113,8 +113,10 @@ def throughput_benchmark(
     with Report("throughput", output, options | {"budget_bytes": budget}, where) as report:
         rates = measure_rates(kind, where)
         report.rates(rates)
+        if where.type == "cuda":
+            torch.cuda.empty_cache()  # the budget is for the processes of the runs
         report.picture(lambda figure: _draw(figure, [run.row(runs) for run in runs]), (2.0 + 1.6 * len(patterns), 4.2))
-        print(f"{machine(where)}; {explained}")
+        print(f"{machine(where)}; {explained}", flush=True)
         print(f"{rates}; {dtype}, D {d_model}, {num_layers} layers, V {vocab_size}, L {chunk_size}, W {window_size}")
         print(f"{prompt_length} tokens of prompt, {new_tokens} new ones, in {budget / 1e9:.3f} GB", flush=True)
         runs: list[_Run] = []

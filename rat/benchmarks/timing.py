@@ -69,9 +69,18 @@ def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
-    """FLOP/s of a square matrix product, of 2048 rows on a CPU and of 8192 elsewhere."""
+    """FLOP/s of a square matrix product, of 2048 rows on a CPU and of 8192 elsewhere.
+
+    Where the device is slow at that dtype, such as a CPU at fp16, of fewer rows: no product takes much above a second.
+    """
     size = size or (2048 if device.type == "cpu" else 8192)
+    small = 256
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    corner, other = a[:small, :small].clone(), b[:small, :small].clone()
+    seconds = min(_seconds(lambda: corner @ other, 1, device) for _ in range(2))
+    while size > small and seconds * (size / small) ** 3 > 1:
+        size //= 2
+    a, b = a[:size, :size].clone(), b[:size, :size].clone()
     return 2 * size**3 / interleaved({"gemm": lambda: a @ b}, 5, device)["gemm"].median
 
 

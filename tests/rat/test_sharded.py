@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from rat import CausalLM, ModelConfig
 from rat.layers import Block
 from rat.ops import Backend, use_backend
+from rat.ops.backend import why_not_native, why_not_triton
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -23,7 +24,9 @@ CONFIG = ModelConfig(
     max_seq_len=16,
 )
 # Without a GPU the Triton kernels run in the interpreter, see tests/conftest.py.
-BACKENDS: tuple[Backend, ...] = ("portable", "native", "triton")
+CPU = torch.device("cpu")
+REFUSED = {"portable": None, "native": why_not_native(CPU), "triton": why_not_triton(CPU)}
+BACKENDS: list[Backend] = [name for name, reason in REFUSED.items() if reason is None]
 TOKENS = torch.randint(32, (2, 13), generator=torch.Generator().manual_seed(0))
 
 

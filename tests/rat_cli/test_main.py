@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rat_cli import main as module
 from rat_cli.main import COMMANDS
@@ -74,6 +75,11 @@ def test_switches_need_no_value(cli: Cli, ask: str) -> None:
     assert (result.code, result.err) == (1, "error: unknown compute capability 75: choose from 80, 90, 100\n")
     assert cli("bench", "kernels", "--archs", "[75]", ask).err == result.err
     assert "there is no GPU here" in cli("bench", "kernels", "--compile-only", "false", "--archs", "[75]").err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would check and time all kernels")
+def test_a_command_needs_no_option(cli: Cli) -> None:
+    assert "there is no GPU here" in cli("bench", "kernels").err
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fti"], []])

@@ -1,7 +1,8 @@
 """How large the tiles of the Triton kernels are, and what a launch with them reads.
 
 Sizes follow from head width, dtype and GPU alone, never from the number of tokens: nothing is tuned or compiled again
-because a length changed. They are the largest that spill no register on any of sm_80, sm_90 and sm_100, in two stages.
+because a length changed. They are the largest that spill no register at the widths 16, 32, 64, 128 and 256 on any of
+sm_80, sm_90 and sm_100, in two stages; heads of other widths may put a few numbers of a thread in memory.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,9 @@ from typing import NamedTuple
 import torch
 
 from rat.ops.launch import Capability
+
+# A block has 99 KB of shared memory there, where an A100 gives it 163 KB: less of the widest heads at a time.
+_SMALL_CHIPS = {(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}
 
 
 class Tiles(NamedTuple):
@@ -25,7 +29,7 @@ def forward_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
     if dtype == torch.float32:
         return _fp32_tiles(width)
     if width > 128:
-        return _narrower(Tiles(64, 64 if chip >= (9, 0) else 32, 8), width)
+        return _narrower(Tiles(64, 64 if chip >= (9, 0) else 32, 8, _wide_stages(chip)), width)
     return _narrower(Tiles(128, 64, 8), width)
 
 
@@ -34,7 +38,7 @@ def query_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
     if dtype == torch.float32:
         return _fp32_tiles(width)
     if width > 128:
-        return _narrower(Tiles(64, 32, 8), width)
+        return _narrower(Tiles(64, 32, 8, _wide_stages(chip)), width)
     return _narrower(Tiles(128, 64 if chip >= (9, 0) or width <= 64 else 32, 8), width)
 
 
@@ -44,8 +48,12 @@ def end_tiles(width: int, dtype: torch.dtype, chip: Capability) -> Tiles:
         tokens, ends, *rest = _fp32_tiles(width)
         return Tiles(ends, tokens, *rest)
     if width > 128:
-        return Tiles(32, 64, 8)
+        return Tiles(32, 32 if chip in _SMALL_CHIPS else 64, 8)
     return _narrower(Tiles(64, 64, 4 if width in (16, 32, 64) else 8), width)
+
+
+def _wide_stages(chip: Capability) -> int:
+    return 1 if chip in _SMALL_CHIPS else 2
 
 
 def _narrower(tiles: Tiles, width: int) -> Tiles:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import rat
 from rat.benchmarks import ahead_of_time, kernel_races, kernels, traffic
 from rat.benchmarks.ahead_of_time import CHIPS, Compiled
 from rat.benchmarks.kernel_cases import CASES, SHIPPED, Shape, empty_fill, random_fill
@@ -291,3 +293,18 @@ def test_kernels_are_compiled_for_gpus_that_are_not_here(tmp_path: Path, monkeyp
     assert kinds == ["mma False True 4", "mma False True 4", "mma True True 4", "wgmma False True 4"]
     assert [line for line in lines if " " not in line] == ["3", "1"]
     assert lines[0] == lines[1]  # a length is not specialised
+
+
+@pytest.mark.slow
+def test_no_kernel_of_the_papers_layer_spills_or_outgrows_its_gpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "cli.py", "bench", "kernels", "--compile-only", "--configs", "[xl]"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path],
+        cwd=Path(rat.__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "chunk attention" in done.stdout

@@ -61,7 +61,8 @@ def assert_no_worse() -> Callable[..., None]:
     def check(ours: Values, plain: Values, exact: Values) -> None:
         for name, value in exact.items():
             error, allowed = ((x[name].double() - value).abs().max().item() for x in (ours, plain))
-            assert error <= 2 * allowed + 2e-3, f"{name}: {error:.2e} against {allowed:.2e} of plain PyTorch"
+            slack = value.abs().max().item() * 2**-11 if value.numel() else 0.0  # half a last place of fp16
+            assert error <= 2 * allowed + slack, f"{name}: {error:.2e} against {allowed:.2e} of plain PyTorch"
 
     return check
 
