@@ -15,7 +15,7 @@ Write = Callable[..., Path]
 CALLBACK = "trainer: {callbacks: [{class_path: lightning_modules.%s, init_args: {%s}}]}"
 MISTAKES = {
     "trainr: {max_steps: 1}": "unknown key trainr, did you mean trainer?",
-    "optimizer: {lr: 3}": "unknown key optimizer; choose one of ckpt_path, config, data, model",
+    "optimizer: {lr: 3}": "unknown key optimizer; choose one of ckpt_path, config, data, guard, model",
     "trainer: {max_step: 1}": "unknown key trainer.max_step, did you mean max_steps?",
     "model: {modle: 1}": "unknown key model.modle, did you mean model?",
     "model: {model: {d_modl: 3}}": "unknown key model.model.d_modl, did you mean d_model?",
