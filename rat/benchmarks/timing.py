@@ -73,15 +73,18 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None)
 
     Where the device is slow at that dtype, such as a CPU at fp16, of fewer rows: no product takes much above a second.
     """
-    size = size or (2048 if device.type == "cpu" else 8192)
-    small = 256
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    corner, other = a[:small, :small].clone(), b[:small, :small].clone()
-    seconds = min(_seconds(lambda: corner @ other, 1, device) for _ in range(2))
-    while size > small and seconds * (size / small) ** 3 > 1:
-        size //= 2
-    a, b = a[:size, :size].clone(), b[:size, :size].clone()
-    return 2 * size**3 / interleaved({"gemm": lambda: a @ b}, 5, device)["gemm"].median
+    most = size or (2048 if device.type == "cpu" else 8192)
+    rows = min(256, most)
+    product = _product(rows, dtype, device)
+    while rows < most and min(_seconds(product, 1, device) for _ in range(2)) < 1 / 8:  # twice the rows take 8 times it
+        rows = min(2 * rows, most)
+        product = _product(rows, dtype, device)
+    return 2 * rows**3 / interleaved({"gemm": product}, 5, device)["gemm"].median
+
+
+def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+    return lambda: a @ b
 
 
 def copy_rate(device: torch.device, num_bytes: int = 1 << 28) -> float:
