@@ -1,10 +1,13 @@
 # Everything runs in a virtual environment of its own: make VENV=path PYTHON=python3.12 <target> to choose.
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow gpu-check lint format figures clean
+.PHONY: help install quickstart tensorboard test test-slow gpu-check lint format figures notebooks clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of `make tensorboard`.
+PORT ?= 6006
+RUNS ?= runs
 INSTALLED := $(VENV)/.installed
 
 # The layer of the paper's models.
@@ -26,6 +29,10 @@ quickstart: install ## Train a RAT model on real English, compare it with n-gram
 	$(BIN)/python cli.py prepare pretrain --output data/docstrings --held_out 0.02
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml --ckpt_path last
 	$(BIN)/python cli.py report --run runs/quickstart/rat
+
+tensorboard: install ## Look at the runs in a browser, at the address that it prints (PORT=6006 RUNS=runs)
+	@test -d $(RUNS) || { echo "$(RUNS) is not there, so no run is: make quickstart, or RUNS=folder"; exit 1; }
+	$(BIN)/tensorboard --logdir $(RUNS) --port $(PORT) --samples_per_plugin text=100
 
 test: install lint ## Lint, type-check and run the tests
 	$(BIN)/python -m pytest -n auto
@@ -49,8 +56,12 @@ format: install ## Let ruff put the code in order
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-figures: install ## Draw the pictures of the README again
+figures: install ## Draw the pictures of the pages again, those of TensorBoard with RUNS=runs and Chromium
 	$(BIN)/python docs/draw_layer.py
+	$(BIN)/python docs/draw_tensorboard.py --runs $(RUNS)
+
+notebooks: install ## Execute the notebooks in place: they read finished sweeps and measure layers (RAT_NOTEBOOKS=small for a quick look)
+	$(BIN)/python -m nbconvert --execute --inplace --coalesce-streams --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean: ## Remove caches, prepared data and runs
 	rm -rf data runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader
 from datamodules.progress import Position, get_position, set_position
 from datamodules.sampler import EvalSampler, TrainSampler
 
+# What a checkpoint keeps beside the identity of its data.
+_POSITION = ("epoch", "samples_consumed", "samples_in_all_epochs")
+
 
 class ResumableDataModule(LightningDataModule, ABC):
     """Deals the samples of its datasets out to ranks, and goes on after an interruption with the next one.
@@ -100,22 +103,20 @@ class ResumableDataModule(LightningDataModule, ABC):
         if self.trainer is None or self.trainer.state.fn != "fit":
             return {}
         step, position = self._samples_per_micro_step(), get_position(self.trainer)
-        return {
-            **self._identity(),
-            "epoch": position.epoch,
-            "samples_consumed": position.micro_batches * step,
-            "samples_in_all_epochs": position.total * step,
-        }
+        place = position.epoch, position.micro_batches * step, position.total * step
+        return {**self._identity(), **dict(zip(_POSITION, place, strict=True))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember where to go on. Raises ValueError if a resumed `fit` has other data, another order or seed."""
         if not state_dict or (self.trainer and self.trainer.state.fn != "fit"):
             return
-        for name, value in self._identity().items():
-            if state_dict.get(name) != value:
+        own, theirs = self._identity(), {k: value for k, value in state_dict.items() if k not in _POSITION}
+        for name in own | theirs:
+            if own.get(name) != theirs.get(name):
                 raise ValueError(
-                    f"the checkpoint was trained with {name}={state_dict.get(name)}, this run has {value}: resume with"
-                    f" the same {', '.join(self._identity())}, or load only its weights into a new run"
+                    f"the checkpoint was trained with {name}={theirs.get(name, 'unknown')}, this run has"
+                    f" {own.get(name, 'unknown')}: resume with the same {', '.join(own | theirs)}, or load only its"
+                    " weights into a new run"
                 )
         step, consumed = self._samples_per_micro_step(), state_dict["samples_consumed"]
         if consumed % (step * (self.trainer.accumulate_grad_batches if self.trainer else 1)):

@@ -107,6 +107,12 @@ class TokenShards:
         sizes = [file.num_bytes for file in self.index.files]
         return None if None in sizes else sum(size or 0 for size in sizes) / self.num_tokens
 
+    @property
+    def checksum(self) -> str | None:
+        """A sha256 over those of all files, by which two folders are known to hold the same; None if not recorded."""
+        known = [file.sha256 for file in self.index.files]
+        return None if None in known else hashlib.sha256(" ".join(map(str, known)).encode()).hexdigest()
+
     def read_into(self, starts: NDArray[np.int64], out: NDArray[np.int64]) -> None:
         """Copy L tokens from every position in `starts` (B,) into the rows of `out` (B, L)."""
         files = np.searchsorted(self._offsets, starts, side="right") - 1

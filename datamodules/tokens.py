@@ -99,6 +99,11 @@ class TokenDataModule(ResumableDataModule):
         """
         return self.dataset("val").shards.bytes_per_token
 
+    @property
+    def checksums(self) -> dict[str, str | None]:
+        """Of what has been opened: `TokenShards.checksum` by split."""
+        return {split: opened.shards.checksum for split, opened in self._datasets.items()}
+
     def dataset(self, split: str) -> TokenDataset:
         """The samples of `split` ("train" or "val"), opened on first use."""
         if split not in self._datasets:

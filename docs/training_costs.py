@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rat.markdown import header, line
 from rat_cli.info import PARTS, InfoCLI, gpu_hours
 from rat_cli.plan import GB, Plan, read_plan
 
@@ -35,7 +36,7 @@ def memory_row(path: Path, plan: Plan) -> str:
     parts = [f"{getattr(memory, part) / GB:.2f}" for part in PARTS]
     again = "yes" if plan.step.checkpointing else "no"
     cells = [path.stem, plan.strategy, again, *parts, f"**{memory.total / GB:.1f}**"]
-    return line([*cells, f"{batch} ({largest.total / GB:.1f})", str(plan.global_batch_size // batch // DEVICES)])
+    return line(*cells, f"{batch} ({largest.total / GB:.1f})", plan.global_batch_size // batch // DEVICES)
 
 
 def cost_row(path: Path) -> str:
@@ -45,12 +46,7 @@ def cost_row(path: Path) -> str:
     if flops is None:
         raise ValueError(f"{path} does not say how many steps it takes")
     hours = gpu_hours(flops, PEAK_TFLOPS, MFU)
-    return line([path.stem, f"{flops:.3g}", f"{hours:,.0f}", f"{hours / DEVICES:.0f}"])
-
-
-def line(cells: Sequence[str]) -> str:
-    """A row of markdown."""
-    return f"| {' | '.join(cells)} |"
+    return line(path.stem, f"{flops:.3g}", f"{hours:,.0f}", f"{hours / DEVICES:.0f}")
 
 
 def main(paths: Sequence[Path]) -> None:
@@ -58,13 +54,13 @@ def main(paths: Sequence[Path]) -> None:
     head = ["experiment", "strategy", "recomputed", *PARTS.values(), "together"]
     head += [f"largest micro batch in {MEMORY_GB:g} GB (takes)", "accumulated"]
     print(f"GB of each of {DEVICES} GPUs with micro batches of the config, by part:\n")
-    print(f"{line(head)}\n|{'---|' * len(head)}")
+    print(*header(*head), sep="\n")
     for path in paths:
         for plan in plans(path):
             print(memory_row(path, plan), flush=True)
     head = ["experiment", "FLOPs", "GPU-hours", f"hours on {DEVICES}"]
     print(f"\nIf {MFU:.0%} of {PEAK_TFLOPS:g} TFLOP/s are reached (an assumption):\n")
-    print(f"{line(head)}\n|{'---|' * len(head)}")
+    print(*header(*head), sep="\n")
     for path in paths:
         print(cost_row(path), flush=True)
 

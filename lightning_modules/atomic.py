@@ -1,4 +1,4 @@
-"""Files and folders that take the place of others whole or not at all, whenever the process is killed.
+"""Files and folders that take the place of others whole or not at all, whenever process or machine end.
 
 A file replaces a file in one step. The system has no such step for a folder: the old one is moved aside first, under
 a name that `--ckpt_path last` finds too, and goes away once the new one is in its place.
@@ -30,8 +30,9 @@ def remove(path: Path) -> None:
 
 
 def take_place(path: Path) -> None:
-    """Put what was written to `partial_of(path)` in the place of `path`."""
+    """Put what was written to `partial_of(path)` in the place of `path`, once it is on the disk."""
     partial, previous = partial_of(path), previous_of(path)
+    _sync_content(partial)
     if path.is_dir() or (partial.is_dir() and path.exists()):
         remove(previous)
         path.rename(previous)
@@ -59,6 +60,15 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def _sync_content(path: Path) -> None:
+    """Of a file, or of all files and folders in a folder: without power, the name could outlast what it names."""
+    if not path.is_dir():
+        sync(path)
+    for folder, _, files in os.walk(path):
+        for name in (*files, ""):
+            sync(Path(folder, name))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The place to write what replaces `path` when the `with` block ends well; if it does not, nothing changes."""
@@ -68,6 +78,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield partial
         take_place(path)
-    except BaseException:
+    except BaseException as error:
         remove(partial)  # a full disk needs the room
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # a write that failed does not say where
         raise

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_modules.language_model import Batch, LanguageModel
 from lightning_modules.run_folder import run_folder, sample_numbers
+from lightning_modules.sharding import DataRank
 from rat.model import IGNORED
 
 Action = Literal["stop", "skip", "warn"]
@@ -35,7 +35,7 @@ class BadStepGuard(Callback):
       checkpoint before step N (from 0); under "bad_step" it holds the reason and the micro batches at fault: of each
       its rank, batch_idx, loss, samples, and the tensors of the batch. Resumed from it, training makes the step again.
     - skip: weights, the optimiser's means and its count of steps stay as they are, while the data, the learning rate's
-      schedule and the count of steps of the run go on. train/skipped_steps counts; train/grad_norm is 0.
+      schedule and the count of steps of the run go on. train/skipped_steps counts.
     - warn: the step is made.
 
     Where gradients are scaled (16-mixed), infinite ones are normal, and only the loss is looked at. A step costs one
@@ -88,9 +88,12 @@ class BadStepGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LanguageModel, optimizer: Optimizer) -> None:
         """Judge the step. Raises BadStepError on all ranks if it is to stop the run."""
         limit = self._limit()
-        loss, nan_loss, nan_gradient, spike = self._look(trainer, pl_module, limit)
+        step = pl_module.finish_gradient()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        loss, norm = torch.stack([step.loss, step.grad_norm.to(step.loss)]).tolist()
+        nan_loss, nan_gradient = not math.isfinite(loss), not (math.isfinite(norm) or scaled)
         micro_batches, self._micro_batches = self._micro_batches, []
-        option = "on_nan" if nan_loss or nan_gradient else "on_spike" if spike else None
+        option = "on_nan" if nan_loss or nan_gradient else "on_spike" if loss > limit else None
         if option is None:
             self._in_a_row = 0
         else:
@@ -121,18 +124,6 @@ class BadStepGuard(Callback):
             return math.inf
         mean = fmean(self._losses)
         return mean + max(self.spike_std * pstdev(self._losses, mean), self.spike_rise)
-
-    def _look(self, trainer: Trainer, pl_module: LanguageModel, limit: float) -> list[float]:
-        """The loss; above 0, if on some rank it is not finite, the gradient is not finite, the loss is a spike."""
-        loss = pl_module.train_nll.compute().float()
-        # of the part that this rank holds: what is not finite anywhere shows in the sum over ranks
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
-        norm = torch.nn.utils.get_total_norm(local).to(loss)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        flags = torch.stack([~loss.isfinite(), ~norm.isfinite() & (not scaled), loss > limit]).to(loss)
-        flags = trainer.strategy.reduce(flags, reduce_op="sum")
-        return torch.cat([loss[None], flags]).tolist()
 
     def _act(
         self, option: str, reason: str, trainer: Trainer, optimizer: Optimizer, micro_batches: list[dict[str, Any]]
@@ -174,7 +165,7 @@ class BadStepGuard(Callback):
                 "rank": trainer.global_rank, "batch_idx": batch_idx, "loss": _per_target(loss, batch),
                 "samples": sample_numbers(trainer, batch_idx), "batch": {name: x.cpu() for name, x in batch.items()},
             }
-            for batch_idx, batch, loss in micro_batches
+            for batch_idx, batch, loss in micro_batches if DataRank.of(trainer).writes
         ]  # fmt: skip
         parts = [own]
         if trainer.world_size > 1:

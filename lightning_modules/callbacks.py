@@ -1,17 +1,20 @@
 """What happens beside training: the exported model, throughput, and a look at the gates."""
 
-import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import throughput
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ThroughputMonitor
+from lightning.pytorch.callbacks import ThroughputMonitor
 from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_modules.sharding import gather_weights
+from lightning_modules.dashboard import writers
+from lightning_modules.sharding import DataRank, gather_weights
 from rat import CausalLM
 from rat.benchmarks.timing import gemm_rate
 from rat.layers import GatedMixer
@@ -43,41 +46,12 @@ class ExportModel(Callback):
         if trainer.is_global_zero:
             with torch.device("meta"):
                 model = CausalLM(pl_module.config)
-            prefix = "model."
-            model.load_state_dict({name.removeprefix(prefix): x for name, x in weights.items()}, assign=True)
+            # shapes that tensor parallelism has given them
+            whole = {name: weights[f"model.{name}"].reshape(p.shape) for name, p in model.named_parameters()}
+            model.load_state_dict(whole, assign=True)
             model.save_pretrained(folder)
             if self.tokenizer is not None:
                 shutil.copyfile(self.tokenizer, folder / "tokenizer.json")
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Write what `predict` finds, a line of JSON for each sequence with counted targets, in the order of the data.
-
-    Args:
-        path: the file. Default: predictions.jsonl in the run's folder. Every rank beyond the first has one of its own.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        super().__init__("batch")
-        self.path = path
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the file anew."""
-        path = self.path or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
-        self.path = path if trainer.is_global_zero else path.with_suffix(f".{trainer.global_rank}.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
-
-    def write_on_batch_end(self, trainer: Trainer, pl_module: LightningModule, prediction: Any, *_: Any) -> None:
-        """Append the sequences of a batch."""
-        columns = {name: values.tolist() for name, values in prediction.items()}
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows if row["tokens"])
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where they are."""
-        print(f"predictions: {self.path}")
 
 
 class Throughput(ThroughputMonitor):
@@ -85,7 +59,8 @@ class Throughput(ThroughputMonitor):
     utilisation in model FLOPs (recomputed activations do not count).
 
     Where Lightning does not know the device's peak (every CPU), the rate of a large matrix product in the compute
-    dtype, measured at the start, takes its place.
+    dtype, measured at the start, takes its place. Devices that share rows (context and tensor parallelism) share what
+    is counted of them.
 
     Args:
         window_size: micro batches over which rates are averaged; nothing is logged before that many.
@@ -104,14 +79,51 @@ class Throughput(ThroughputMonitor):
         if self.available_flops is None:
             dtype = _plugin_to_compute_dtype(trainer.precision_plugin)
             self.available_flops = int(gemm_rate(dtype, trainer.strategy.root_device))
-            for throughput in self._throughputs.values():
-                throughput.available_flops = self.available_flops
+        self._throughputs = {
+            stage: _OfOneDevice(
+                sharing=DataRank.of(trainer).sharing,
+                available_flops=self.available_flops,
+                world_size=trainer.world_size,
+                **self.kwargs,
+            )
+            for stage in self._throughputs
+        }
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, *rest: Any) -> None:
+        """Let training's clock go on from here; in Lightning from the last batch, before texts are sampled."""
+        super().on_validation_end(trainer, *rest)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            made = self._throughputs[RunningStage.TRAINING]._time
+            self._t0s[RunningStage.TRAINING] = time.perf_counter() - (made[-1] if made else 0.0)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *rest: Any
+    ) -> None:
+        """Count the tokens of sequences; how many an answer will have is not known beforehand."""
+        if "prompts" not in batch:
+            super().on_predict_batch_end(trainer, pl_module, outputs, batch, *rest)
+
+
+class _OfOneDevice(throughput.Throughput):
+    """Lightning's rates, where `sharing` devices work on the same rows."""
+
+    def __init__(self, sharing: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sharing = sharing
+
+    def compute(self) -> dict[str, int | float]:
+        """See Lightning's."""
+        found = super().compute()
+        return {name: x / self.sharing if name.endswith(("_per_sec", "mfu")) else x for name, x in found.items()}
 
 
 class MemoryLengthHistogram(Callback):
-    """TensorBoard histograms of memory_length/layer_NN: how many tokens back each channel's gate remembers.
+    """TensorBoard histograms of memory_length/layer_NN: how many tokens back each channel's gate remembers; their means
+    and medians are the scalars memory_length_mean/layer_NN and memory_length_median/layer_NN.
 
-    It is 1 / (1 - g) over one sequence and all channels, cut at its length T: further back there is nothing.
+    It is 1 / (1 - g) over one sequence and all channels, cut at its length T: further back there is nothing. Where
+    devices share a sequence, it is that of the first device's tokens or channels.
 
     Args:
         every_n_steps: optimiser steps between two looks.
@@ -126,8 +138,7 @@ class MemoryLengthHistogram(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask the layers to keep their gates in the first micro batch of a step that logs."""
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers or not trainer.is_global_zero or trainer.global_step % self.every_n_steps:
+        if not writers(trainer) or trainer.global_step % self.every_n_steps:
             return
         if trainer.global_step == self._step:
             return
@@ -140,13 +151,13 @@ class MemoryLengthHistogram(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the histograms, and let go of the gates."""
+        """Write what was seen, and let go of the gates."""
+        length = batch["input_ids"].shape[1]
         for i, mixer in self._watched.items():
-            lengths = mixer.memory_length()[0]
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_histogram(
-                        f"memory_length/layer_{i:02d}", lengths.clamp(max=len(lengths)), self._step
-                    )
+            lengths, layer = mixer.memory_length()[0].clamp(max=length), f"layer_{i:02d}"
+            for writer in writers(trainer):
+                writer.add_histogram(f"memory_length/{layer}", lengths, self._step)
+                writer.add_scalar(f"memory_length_mean/{layer}", lengths.mean(), self._step)
+                writer.add_scalar(f"memory_length_median/{layer}", lengths.median(), self._step)
             mixer.watched, mixer.gate_logits = False, None
         self._watched = {}

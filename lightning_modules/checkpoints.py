@@ -1,6 +1,5 @@
 """Checkpoints that survive: written whole or not at all, at once or in the background, and the last one at hand."""
 
-import os
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -28,8 +27,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             except RuntimeError as error:
                 # what it makes of a write that failed, such as for a full disk
                 raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-            file.flush()
-            os.fsync(file.fileno())
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As Lightning's, and a folder of shards is put together. Raises ValueError for what is no whole checkpoint."""
@@ -38,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return read_folder(path)
         try:
             return super().load_checkpoint(path, *args, **kwargs)
-        except (RuntimeError, EOFError, UnpicklingError):
+        except (RuntimeError, EOFError, UnpicklingError, LookupError, ValueError):  # files of other kinds raise any
             raise ValueError(f"{path} is damaged or no checkpoint: copy it again, or give another") from None
 
 

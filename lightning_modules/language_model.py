@@ -2,9 +2,10 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -14,15 +15,29 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim import Optimizer
 
 from lightning_modules import sharding
-from lightning_modules.metrics import TokenMean
+from lightning_modules.metrics import HitsByOctave, TokenMean
 from lightning_modules.schedule import PAPER, OptimizerConfig, accumulation, adamw
 from lightning_modules.scores import Scores, sequence_scores
-from rat import CausalLM, ModelConfig
+from lightning_modules.sharded_checkpoints import MODEL_CONFIG
+from rat import CausalLM, ContextShard, ModelConfig
 from rat.model import IGNORED
 from rat.ops.backend import Backend, describe_backend, set_backend
+from rat.tensor_parallel import check_ranks
 
 Batch = dict[str, Tensor]
-MODEL_CONFIG, CODE_VERSION = "model_config", "code_version"
+CODE_VERSION = "code_version"
+
+
+class MeasuredStep(NamedTuple):
+    """Of the optimiser step about to be made, over all micro batches and devices; scalars, the same on all of them.
+
+    Attributes:
+        loss: nats per counted target, fp64.
+        grad_norm: of all parameters' gradients together, before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
 
 
 class LanguageModel(LightningModule):
@@ -39,6 +54,8 @@ class LanguageModel(LightningModule):
     tokens over all devices, and /bits_per_byte where the data module knows `val_bytes_per_token`. With `accuracy` also
     {val,test}/accuracy, the share of counted targets that are the likeliest token, and /sequence_accuracy, the share
     of sequences (rows; with `document_ids`, documents of a row) that have counted targets and get all of them right.
+    With `accuracy_by: [distance]` also {val,test}/accuracy_by_distance/N, of the targets whose `distance` is above
+    N / 2 and at most N, for every N of 1, 2, 4, 8, ... that has any.
 
     Args:
         model: the architecture.
@@ -54,10 +71,14 @@ class LanguageModel(LightningModule):
         init_from: a folder of `save_pretrained` or a released .pth, whose weights training starts from.
         accuracy: measure it in validation, test and prediction. This stores the logits of all counted targets of a
             micro batch: meant for data in which few count, like answers.
+        accuracy_by: further (B, T) int64 tensors of the batches, by which the accuracy is told apart as well. 0 marks
+            targets that are left out.
 
     Raises:
-        ValueError: in setup, if the kernel backend cannot run on the device, the data's vocabulary does not fit the
-            model's, or batch_size not global_batch_size; on loading, if a checkpoint holds another architecture.
+        ValueError: accuracy_by without accuracy, or of what the batches do not have; in setup, if the kernel backend
+            cannot run on the device, the data's vocabulary does not fit the model's, batch_size not global_batch_size,
+            its rows context parallelism, or the model's heads tensor parallelism; on loading, if a checkpoint holds
+            another architecture.
     """
 
     flops_per_batch: int
@@ -74,8 +95,11 @@ class LanguageModel(LightningModule):
         activation_checkpointing: bool = False,
         init_from: Path | None = None,
         accuracy: bool = False,
+        accuracy_by: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        if accuracy_by and not accuracy:
+            raise ValueError("accuracy_by tells accuracies apart, which are not measured: set accuracy to true")
         self.config = model
         self.optimizer_config = optimizer
         self.global_batch_size = global_batch_size
@@ -84,14 +108,19 @@ class LanguageModel(LightningModule):
         self.compile_model = compile
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
-        self.accuracy = accuracy
+        self.accuracy, self.accuracy_by = accuracy, accuracy_by
         self.model: CausalLM | None = None
+        self._step: MeasuredStep | None = None
         self.train_nll, self.val_nll, self.test_nll = TokenMean(), TokenMean(), TokenMean()
         names = ("accuracy", "sequence_accuracy") if accuracy else ()
         self.accuracies = nn.ModuleDict({f"{stage}/{name}": TokenMean() for stage in ("val", "test") for name in names})
+        groups = [f"{stage}/accuracy_by_{name}" for stage in ("val", "test") for name in accuracy_by]
+        self.accuracies_by = nn.ModuleDict({group: HitsByOctave() for group in groups})
 
     def setup(self, stage: str) -> None:
         """Check device and data against the model, and turn the global batch into accumulation."""
+        if isinstance(self.trainer.strategy, sharding.FSDP2Strategy):
+            check_ranks(self.config, self.trainer.strategy.tensor_parallel_size)
         _say_once(describe_backend(self.kernel_backend, self.trainer.strategy.root_device, training=stage == "fit"))
         set_backend(self.kernel_backend)
         data = getattr(self.trainer, "datamodule", None)
@@ -101,6 +130,13 @@ class LanguageModel(LightningModule):
                 f"the data has {vocab_size} token ids, the model only {self.config.vocab_size}:"
                 f" set model.model.vocab_size to {vocab_size}"
             )
+        if (length := getattr(data, "seq_len", None)) is not None and self._context_shard(length) is not None:
+            for option in ("mask_documents", "packing"):
+                if getattr(data, option, False):
+                    raise ValueError(
+                        f"data.init_args.{option} gives rows with document_ids, which cannot be dealt out over devices:"
+                        " set it to false, or trainer.strategy.init_args.context_parallel_size to 1"
+                    )
         if stage == "fit":
             self._count_in_steps(getattr(data, "batch_size", None))
 
@@ -110,7 +146,7 @@ class LanguageModel(LightningModule):
         if self.global_batch_size is not None:
             if batch_size is None:
                 raise ValueError("global_batch_size needs a data module with a batch_size: give one, or set it to null")
-            size = self._data_parallel_size()
+            size = sharding.DataRank.of(trainer).size
             trainer.accumulate_grad_batches = accumulation(self.global_batch_size, batch_size, size)
         if self.val_every_n_steps is not None and not trainer.fast_dev_run:
             trainer.val_check_interval = self.val_every_n_steps * trainer.accumulate_grad_batches
@@ -162,17 +198,30 @@ class LanguageModel(LightningModule):
         """
         loss, counted = self._loss(batch, passes=3)
         self.train_nll.update(loss.detach(), counted)
+        self._step = None
         return loss * (counted / batch["labels"].numel())
 
+    def finish_gradient(self) -> MeasuredStep:
+        """Make the gradient of the micro batches that of the mean over their counted targets, and look at it.
+
+        Whoever asks first has it done, before each optimiser step; all ranks together.
+        """
+        if self._step is None:
+            with self.train_nll.sync_context():
+                total, counted = self.train_nll.total, self.train_nll.tokens.clamp(min=1)
+            self.train_nll.reset()
+            # the strategy has averaged over ranks, the Trainer over micro batches; processes that share rows counted
+            # each of these
+            places = self.tokens_per_step * sharding.DataRank.of(self.trainer).sharing
+            sharding.scale_gradients(self, (places / counted).float())
+            self._step = MeasuredStep(total / counted, sharding.gradient_norm(self.trainer.strategy.model))
+        return self._step
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step that is about to be made, and make its gradient that of the mean over its counted targets."""
-        with self.train_nll.sync_context():
-            total, counted = self.train_nll.total, self.train_nll.tokens.clamp(min=1)
-        self.train_nll.reset()
-        # the strategy has averaged over ranks, the Trainer over micro batches
-        places = self.tokens_per_step // self._data_parallel_size() * self.trainer.world_size
-        sharding.scale_gradients(self, (places / counted).float())
-        self.log("train/loss", total / counted, prog_bar=True)
+        """Log the step that is about to be made."""
+        step = self.finish_gradient()
+        self.log("train/loss", step.loss, prog_bar=True)
+        self.log("train/grad_norm", step.grad_norm)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
         self.log("train/tokens", float((self.trainer.global_step + 1) * self.tokens_per_step))
 
@@ -182,12 +231,11 @@ class LanguageModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of all ranks' gradients together, once, and log it. Lightning's own refuses under FSDP."""
-        by_value = gradient_clip_algorithm == "value"
-        norm = sharding.clip_gradients(self.trainer.strategy.model, None if by_value else gradient_clip_val)
-        self.log("train/grad_norm", norm)
-        if by_value:
+        """Clip by the norm of all ranks' gradients together. Lightning's own refuses under FSDP."""
+        if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            sharding.clip_gradients(self, gradient_clip_val, self.finish_gradient().grad_norm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Count a micro batch."""
@@ -197,14 +245,21 @@ class LanguageModel(LightningModule):
         """Count a micro batch."""
         self._count("test", self.test_nll, batch)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Batch:
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Scores of the S sequences of a batch: of every row; with `document_ids`, of every document of a row that
-        has counted targets, row by row and in the order of their ids.
+        has counted targets, row by row and in the order of their ids. Or answers, where a batch brings `prompts`.
 
         Returns:
             `nll` (S,) fp64, the mean loss in nats per counted target, 0 where there is none; `tokens` (S,) int64, how
             many there are; with `accuracy` also `correct` (S,) bool, whether each of them is the likeliest token.
+            Or `answers`, a list of tokens for each prompt, by greedy decoding up to and with the batch's `eos_id`, or
+            of `max_new_tokens`.
+
+        Raises:
+            ValueError: prompts are to be answered where devices share the weights.
         """
+        if "prompts" in batch:
+            return {"answers": self._answers(batch)}
         scores = self._scores(batch)
         predicted = {"nll": scores.nll, "tokens": scores.tokens}
         return predicted | {"correct": scores.right == scores.tokens} if self.accuracy else predicted
@@ -235,6 +290,16 @@ class LanguageModel(LightningModule):
                 " weights as that one would, go on with it"
             )
 
+    def _answers(self, batch: dict[str, Any]) -> list[list[int]]:
+        if sharding.shards_weights(self.trainer.strategy):
+            raise ValueError(
+                "prompts are answered by whole models: take configs/strategy/single.yaml or ddp.yaml, and of a"
+                " checkpoint of shards what cli.py convert --to file makes of it"
+            )
+        assert self.model is not None
+        limits = {"max_new_tokens": batch["max_new_tokens"], "eos_token_id": batch["eos_id"]}
+        return self.model.generate(batch["prompts"], **limits)
+
     def _count(self, stage: str, nll: TokenMean, batch: Batch) -> None:
         """Update the metrics of `stage` with a micro batch."""
         if not self.accuracy:
@@ -247,21 +312,36 @@ class LanguageModel(LightningModule):
         sequences = (scores.tokens > 0).sum()
         solved = ((scores.right == scores.tokens) & (scores.tokens > 0)).sum()
         self.accuracies[f"{stage}/sequence_accuracy"].update(solved / sequences.clamp(min=1), sequences)
+        shard = self._context_shard(batch["labels"].shape[1])
+        for name in self.accuracy_by:
+            labels, numbers = (x if shard is None else shard.part(x) for x in (batch["labels"], batch[name]))
+            self.accuracies_by[f"{stage}/accuracy_by_{name}"].update(scores.hits, numbers[labels != IGNORED])
 
     def _loss(self, batch: Batch, passes: int = 1) -> tuple[Tensor, Tensor]:
         """The mean loss and how many targets count; `passes` of the forward FLOPs are what the step costs."""
         return self._forward(batch, passes, labels=batch["labels"]), (batch["labels"] != IGNORED).sum()
 
     def _scores(self, batch: Batch) -> Scores:
-        logits = self._forward(batch, positions=batch["labels"] != IGNORED)
-        return sequence_scores(logits, batch["labels"], batch.get("document_ids"))
+        labels, shard = batch["labels"], self._context_shard(batch["labels"].shape[1])
+        logits = self._forward(batch, positions=labels != IGNORED)
+        if shard is None:
+            return sequence_scores(logits, labels, batch.get("document_ids"))
+        own = sequence_scores(logits, shard.part(labels))
+        total, tokens, right = (shard.sum(x) for x in (own.nll * own.tokens, own.tokens, own.right))
+        return Scores(total / tokens.clamp(min=1), tokens, right, own.hits)
 
     def _forward(self, batch: Batch, passes: int = 1, **wanted: Tensor) -> Tensor:
         assert self.model is not None
+        if unknown := [name for name in self.accuracy_by if name not in batch]:
+            raise ValueError(f"accuracy_by names {unknown[0]}, but the batches hold {', '.join(batch)}")
         input_ids = batch["input_ids"]
         self.flops_per_batch = passes * self.model.flops_per_token(input_ids.shape[1]) * input_ids.numel()
-        self.tokens_per_step = input_ids.numel() * self._data_parallel_size() * self.trainer.accumulate_grad_batches
-        return self.model(input_ids, document_ids=batch.get("document_ids"), **wanted)
+        size = sharding.DataRank.of(self.trainer).size
+        self.tokens_per_step = input_ids.numel() * size * self.trainer.accumulate_grad_batches
+        shard, given = self._context_shard(input_ids.shape[1]), {"input_ids": input_ids, **wanted}
+        if shard is not None:
+            given = {name: shard.part(x) for name, x in given.items()}
+        return self.model(**given, document_ids=batch.get("document_ids"), shard=shard)
 
     def _log_metrics(self, stage: str, nll: TokenMean) -> None:
         loss = nll.compute()
@@ -274,9 +354,18 @@ class LanguageModel(LightningModule):
             if name.startswith(stage):
                 self.log(name, metric.compute(), prog_bar=True, sync_dist=True)
                 metric.reset()
+        for name, metric in self.accuracies_by.items():
+            if name.startswith(stage):
+                for number, share in metric.compute().items():
+                    self.log(f"{name}/{number}", share, sync_dist=True)
+                metric.reset()
 
-    def _data_parallel_size(self) -> int:
-        return (self.trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+    def _context_shard(self, length: int) -> ContextShard | None:
+        """This process's part of rows of `length` tokens; None where it has whole ones."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, sharding.FSDP2Strategy):
+            return None
+        return strategy.context_shard(length, self.config.chunk_size if "rat" in self.config.pattern else 1)
 
 
 @functools.cache

@@ -1,19 +1,22 @@
 """Stopping where nothing is lost, whoever asks for it, and going on in the same SLURM job."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import time
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.slurm import end_of_job, job_id, requeue
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_PATIENCE = 1.0  # seconds in which a second Ctrl-C is an echo of the first: torchrun passes on what its group gets
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -25,12 +28,13 @@ class Preempted(SystemExit):
 
 
 class Preemption(Checkpoint):
-    """Save and stop when any rank gets SIGUSR1 or SIGTERM or the SLURM job nears its end; requeue that job.
+    """Save and stop when any rank gets SIGUSR1, SIGTERM or Ctrl-C, or the SLURM job nears its end; requeue that job.
 
     A signal is only remembered. When an optimiser step is done, all ranks together ask whether one of them has one
     (an all-reduce of a number a step), so that they save and stop after the same step however far apart they are. The
     checkpoint is that of `LastCheckpoint`; `--ckpt_path last` goes on from it. The process ends with status 75. Signals
-    that were blocked before wait for training to begin. As a `Checkpoint`, this runs after the other callbacks.
+    that were blocked before wait for training to begin. A second Ctrl-C ends at once, and saves nothing. As a
+    `Checkpoint`, this runs after the other callbacks.
 
     `cli.py fit` adds this callback wherever there is a `LastCheckpoint`.
 
@@ -46,6 +50,7 @@ class Preemption(Checkpoint):
             raise ValueError(f"Preemption's margin is in minutes and at least 0, got {margin}")
         self.margin = margin
         self._signal: signal.Signals | None = None
+        self._interrupted: float | None = None
         self._handlers: dict[signal.Signals, Any] = {}
         self._deadline: float | None = None
         self._step = 0
@@ -58,8 +63,8 @@ class Preemption(Checkpoint):
             raise ValueError("Preemption needs a LastCheckpoint to save with: add it to the callbacks")
         # Lightning's own handler of SIGTERM starts a broadcast in the middle of whatever a rank is doing.
         trainer._signal_connector.register_signal_handlers = lambda: None
-        self._signal = None
-        self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._signal = self._interrupted = None
+        self._handlers = {number: signal.signal(number, self._remember) for number in (*SIGNALS, signal.SIGINT)}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if job_id() is not None and trainer.is_global_zero:
             self._read_deadline()
@@ -88,6 +93,14 @@ class Preemption(Checkpoint):
         self._give_back(trainer)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is not None and now - self._interrupted > _PATIENCE:
+                raise KeyboardInterrupt
+            if self._interrupted is None and rank_zero_only.rank == 0:
+                # to print may be what was interrupted
+                os.write(2, b"\nstopping after this step; Ctrl-C again ends at once, without saving\n")
+            self._interrupted = self._interrupted or now
         self._signal = signal.Signals(number)
 
     def _give_back(self, trainer: Trainer) -> None:
@@ -121,9 +134,21 @@ class Preemption(Checkpoint):
         trainer._logger_connector.update_train_step_metrics()  # Lightning would log this step after its hooks
         for logger in trainer.loggers:
             logger.save()
+        children = _release_children(trainer)
         trainer.strategy.barrier("saved before stopping")
         if trainer.is_global_zero:
             reason = self._signal.name if self._signal else "a signal to another rank, or the end of the job"
             done = "" if job_id() is None else ", requeued" if requeue() else ", not requeued: submit the job again"
             rank_zero_info(f"stopped after step {trainer.global_step} ({reason}), saved{done}")
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(60)
         raise Preempted
+
+
+def _release_children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """The processes that Lightning has started beside this one, which it would kill when one of them ends first."""
+    watched = getattr(trainer.strategy.launcher, "procs", [])
+    children = list(watched)
+    watched.clear()
+    return children

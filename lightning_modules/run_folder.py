@@ -2,7 +2,6 @@
 
 import functools
 import os
-import platform
 import resource
 import socket
 import subprocess
@@ -14,12 +13,20 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from rat.benchmarks.timing import machine_facts
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of the run. All ranks have to ask together."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def reached_end(trainer: Trainer) -> bool:
+    """Whether training has made all the steps or epochs that it was to make."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs or -1
+    return 0 <= steps <= trainer.global_step or 0 < epochs <= trainer.current_epoch
 
 
 def sample_numbers(trainer: Trainer, batch_idx: int) -> list[int]:
@@ -30,12 +37,15 @@ def sample_numbers(trainer: Trainer, batch_idx: int) -> list[int]:
 
 @functools.cache
 def code_version() -> dict[str, str | bool | None]:
-    """`package`: the version installed; `commit` and `dirty`: of the git checkout, None where it is none."""
+    """`package`: the version installed; `commit` and `dirty`: of the git checkout, None where it is none.
+
+    What differs in docs/ alone, such as the tables of a sweep that grow with its runs, makes nothing dirty.
+    """
     try:
         package = version("rat-lab")
     except PackageNotFoundError:
         package = None
-    changes = _git("status", "--porcelain", "--untracked-files=no")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
     return {
         "package": package,
         "commit": _git("rev-parse", "HEAD"),
@@ -47,10 +57,9 @@ def environment(trainer: Trainer) -> dict[str, Any]:
     """What this start of the run runs on, as plain values."""
     device = trainer.strategy.root_device
     return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "lightning", "triton") if _installed(name)},
+        **machine_facts(device),
+        **{name: version(name) for name in ("lightning", "triton") if _installed(name)},
         "host": socket.gethostname(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "nodes": trainer.num_nodes,
         "world_size": trainer.world_size,
         "strategy": type(trainer.strategy).__name__,

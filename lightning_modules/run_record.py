@@ -12,7 +12,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.atomic import replacing
-from lightning_modules.run_folder import code_version, environment, peak_memory, run_folder, sample_numbers
+from lightning_modules.run_folder import (
+    code_version,
+    environment,
+    peak_memory,
+    reached_end,
+    run_folder,
+    sample_numbers,
+)
 
 SUMMARY = "summary.json"
 
@@ -30,7 +37,7 @@ class RunRecord(Callback):
     - training_seconds: without validation, of all starts; tokens_per_second: of the last start; peak_memory: bytes, of
       rank 0 of the last start; skipped_steps;
     - restarts, and `starts`: of each its time, status, error, first_step, last_step, training_seconds, code (package,
-      commit, dirty) and environment.
+      commit, dirty), environment and data (checksums of the shards, by split).
 
     A run that goes on in its folder keeps the starts before.
     """
@@ -63,7 +70,7 @@ class RunRecord(Callback):
             {
                 "time": _now(), "status": "running", "error": None, "first_step": trainer.global_step,
                 "last_step": trainer.global_step, "training_seconds": 0.0, "code": code_version(),
-                "environment": environment(trainer),
+                "environment": environment(trainer), "data": getattr(trainer.datamodule, "checksums", None),
             }
         )  # fmt: skip
         self._since = time.monotonic()
@@ -96,9 +103,7 @@ class RunRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say whether training has come to its end."""
-        steps, epochs = trainer.max_steps, trainer.max_epochs or -1
-        done = 0 <= steps <= trainer.global_step or 0 < epochs <= trainer.current_epoch
-        self._write(trainer, "finished" if done else "stopped")
+        self._write(trainer, "finished" if reached_end(trainer) else "stopped")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write down what ends this rank, before it ends."""

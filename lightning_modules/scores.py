@@ -11,11 +11,13 @@ from rat.model import IGNORED
 
 class Scores(NamedTuple):
     """Of S sequences: `nll` (S,) fp64, mean loss in nats; `tokens` (S,) int64, how many targets count; `right` (S,)
-    int64, how many of them are the likeliest token."""
+    int64, how many of them are the likeliest token. Of their N counted targets, row by row: `hits` (N,) bool, whether
+    each is the likeliest token."""
 
     nll: Tensor
     tokens: Tensor
     right: Tensor
+    hits: Tensor
 
 
 def sequence_scores(logits: Tensor, labels: Tensor, document_ids: Tensor | None = None) -> Scores:
@@ -38,5 +40,6 @@ def sequence_scores(logits: Tensor, labels: Tensor, document_ids: Tensor | None 
         num = found.shape[1]
     nll = F.cross_entropy(logits.float(), targets, reduction="none").double()
     tokens = torch.bincount(sequences, minlength=num)
-    right = torch.bincount(sequences[logits.argmax(-1) == targets], minlength=num)
-    return Scores(nll.new_zeros(num).index_add_(0, sequences, nll) / tokens.clamp(min=1), tokens, right)
+    hits = logits.argmax(-1) == targets
+    right = torch.bincount(sequences[hits], minlength=num)
+    return Scores(nll.new_zeros(num).index_add_(0, sequences, nll) / tokens.clamp(min=1), tokens, right, hits)

@@ -33,10 +33,15 @@ def end_of_job() -> float:
 
 
 def requeue() -> bool:
-    """Ask Slurm to end this job and start it anew; whether it will. A job that was cancelled stays so."""
+    """Ask Slurm to end this job and start it anew; whether it will.
+
+    It has done so already where another job takes the place of this one. A job that was cancelled stays so.
+    """
     job = str(job_id())
-    running = _ask("squeue", "--noheader", f"--jobs={job}", "--format=%T") == "RUNNING"
-    return running and _ask("scontrol", "requeue", job) is not None
+    state, restarts = (_ask("squeue", "--noheader", f"--jobs={job}", "--Format=State,RestartCnt") or "NONE 0").split()
+    if int(restarts) > int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return True
+    return state == "RUNNING" and _ask("scontrol", "requeue", job) is not None
 
 
 def _ask(*command: str, **environment: str) -> str | None:

@@ -1,7 +1,11 @@
-"""Models on disk: a folder with `model.safetensors` and `config.json`, or a checkpoint of the released code."""
+"""Models on disk: a folder with `model.safetensors` and `config.json`, or a checkpoint of the released code.
+
+transformers reads the folder, too: see `rat.interop.huggingface`.
+"""
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rat.config import ModelConfig
-from rat.interop import released
-
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+from rat.config import MODEL_TYPE, ModelConfig
+from rat.interop import hub, released
+from rat.interop.hub import CONFIG, SHARDS, WEIGHTS
 
 
 class Pretrained(nn.Module):
@@ -29,7 +32,10 @@ class Pretrained(nn.Module):
         weights = {name: x.detach().contiguous() for name, x in self.state_dict().items()}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
             save_file(weights, Path(unfinished, WEIGHTS), metadata={"format": "pt"})
-            Path(unfinished, CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            told = {"model_type": MODEL_TYPE} | self.config.to_dict()
+            Path(unfinished, CONFIG).write_text(json.dumps(told, indent=2) + "\n")
+            # safetensors lets nobody but the writer read its file
+            shutil.copymode(Path(unfinished, CONFIG), Path(unfinished, WEIGHTS))
             for name in (CONFIG, WEIGHTS):
                 Path(unfinished, name).replace(folder / name)
         return folder
@@ -41,7 +47,8 @@ class Pretrained(nn.Module):
         """The model that `save_pretrained` or the released code of the paper wrote.
 
         Args:
-            path: a folder of `save_pretrained`, or a `.pth` file of the released code. No code in it is run.
+            path: a folder of `save_pretrained`, ours or that of transformers for our model, or a `.pth` file of the
+                released code; here, or by its name on the Hugging Face hub. No code in it is run.
             config: what the file is expected to be; for a released file it may also be just the fields that the
                 file does not tell, such as {"chunk_size": 16}.
 
@@ -51,6 +58,8 @@ class Pretrained(nn.Module):
                 other than plain data and tensors; the architecture is not told; it is not the one given.
         """
         path = Path(path)
+        if not path.exists() and hub.could_be_on_the_hub(path):
+            path = hub.download(path)
         if path.is_dir():
             if config is not None and not isinstance(config, ModelConfig):
                 raise ValueError(
@@ -85,11 +94,17 @@ def check_weights(expected: Mapping[str, torch.Size], weights: Mapping[str, Tens
 
 
 def _read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: {folder} is not a folder of save_pretrained")
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors has its own exception type, which says what is broken
-        raise ValueError(f"{folder / WEIGHTS} cannot be read, copy it again: {error}") from None
-    return ModelConfig.from_json(folder / CONFIG), weights
+    files = [folder / WEIGHTS]
+    if (folder / SHARDS).is_file():
+        files = sorted({folder / name for name in json.loads((folder / SHARDS).read_text())["weight_map"].values()})
+    for file in (folder / CONFIG, *files):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: {folder} is not a folder of save_pretrained")
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights |= load_file(file)
+        except Exception as error:  # safetensors has its own exception type, which says what is broken
+            raise ValueError(f"{file} cannot be read, copy it again: {error}") from None
+    # transformers has the model inside another
+    return ModelConfig.from_json(folder / CONFIG), {name.removeprefix("model."): x for name, x in weights.items()}

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, Self, get_args
 
+# What transformers knows our models by.
+MODEL_TYPE = "rat"
+
 MixerName = Literal["rat", "attention", "sliding_window", "rnn"]
 
 
@@ -103,4 +106,9 @@ class ModelConfig:
             raise ValueError(f"{path} holds no model config: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds no model config, but a {type(values).__name__}")
+        if (kind := values.pop("model_type", MODEL_TYPE)) != MODEL_TYPE:
+            raise ValueError(f"{path} describes a {kind}, and only models of type {MODEL_TYPE} are read here")
+        if "transformers_version" in values:  # then its own fields stand there, too
+            known = {field.name for field in fields(cls)}
+            values = {key: value for key, value in values.items() if key in known}
         return cls.from_dict(values, str(path))

@@ -1,7 +1,8 @@
 """Text from a model: prompts of any lengths side by side, one state, one token a row and step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from rat.config import ModelConfig
 from rat.layers import LayerState
 
 Prompt = Sequence[int] | Tensor
+# Told the row and the token that it drew; whether the row is finished by that.
+Stop = Callable[[int, int], bool]
 
 # Prompts go in by pieces of this many tokens, which bounds the activations however long they are.
 PREFILL_TOKENS = 4096
@@ -72,6 +75,13 @@ def _nucleus(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(dropped).scatter(1, order, dropped), -torch.inf)
 
 
+class Past(Protocol):
+    """A text that the model has read already, all of it, in a state of one row: see `rat.session`."""
+
+    tokens: list[int]
+    state: list[LayerState]
+
+
 class Generator(nn.Module):
     """`generate` and `stream` for a model with `new_state` and `step`."""
 
@@ -87,16 +97,18 @@ class Generator(nn.Module):
         top_p: float | None = None,
         repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
+        stop: Stop | None = None,
         generator: torch.Generator | None = None,
+        past: Past | None = None,
     ) -> list[list[int]]:
         """Continue every prompt; the arguments are those of `stream`.
 
         Returns:
-            For each prompt its new tokens, without the prompt, up to and with `eos_token_id`.
+            For each prompt its new tokens, without the prompt, up to and with the one that finished it.
         """
         texts: list[list[int]] = [[] for _ in prompts]
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        for step in self._stream(prompts, max_new_tokens, sampling, eos_token_id, generator):
+        for step in self._stream(prompts, max_new_tokens, sampling, eos_token_id, stop, generator, past):
             for text, token in zip(texts, step, strict=True):
                 if token is not None:
                     text.append(token)
@@ -112,7 +124,9 @@ class Generator(nn.Module):
         top_p: float | None = None,
         repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
+        stop: Stop | None = None,
         generator: torch.Generator | None = None,
+        past: Past | None = None,
     ) -> Iterator[list[int | None]]:
         """Continue prompts of any lengths together and hand out each token as it is drawn.
 
@@ -124,7 +138,9 @@ class Generator(nn.Module):
             top_p: keep the likeliest tokens that reach probability p together.
             repetition_penalty: above 1 discourages tokens that the row already holds.
             eos_token_id: a row that draws it is finished.
+            stop: told each row's number and the token it drew; a row for which it is true is finished.
             generator: of the draws, on the model's device; torch's global one by default.
+            past: what every prompt follows; it stays as it is, and is not read again.
 
         Yields:
             One token for each prompt, None for those that are finished.
@@ -133,7 +149,7 @@ class Generator(nn.Module):
             ValueError: an empty prompt, a token outside the vocabulary, a setting out of range.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-        return self._stream(prompts, max_new_tokens, sampling, eos_token_id, generator)
+        return self._stream(prompts, max_new_tokens, sampling, eos_token_id, stop, generator, past)
 
     def _stream(
         self,
@@ -141,14 +157,16 @@ class Generator(nn.Module):
         max_new_tokens: int,
         sampling: Sampling,
         eos_token_id: int | None,
+        stop: Stop | None,
         generator: torch.Generator | None,
+        past: Past | None,
     ) -> Iterator[list[int | None]]:
         if eos_token_id is not None and not 0 <= eos_token_id < self.config.vocab_size:
             raise ValueError(f"eos_token_id {eos_token_id} lies outside the vocabulary of {self.config.vocab_size}")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
         ids, lengths = pad_prompts(prompts, self.config.vocab_size, next(self.parameters()).device)
-        return self._decode(ids, lengths, max_new_tokens, sampling, eos_token_id, generator)
+        return self._decode(ids, lengths, max_new_tokens, sampling, eos_token_id, stop, generator, past)
 
     @torch.inference_mode()
     def _decode(
@@ -158,22 +176,34 @@ class Generator(nn.Module):
         max_new_tokens: int,
         sampling: Sampling,
         eos_token_id: int | None,
+        stop: Stop | None,
         generator: torch.Generator | None,
+        past: Past | None,
     ) -> Iterator[list[int | None]]:
         count = len(ids)
         if not (count and max_new_tokens):
             return
-        state: list[LayerState] = self.new_state(count, ids.shape[1] + max_new_tokens)  # type: ignore[operator]
-        logits = self._prefill(ids, lengths, state)
+        state: list[LayerState]
+        if past is None:
+            state = self.new_state(count, ids.shape[1] + max_new_tokens)  # type: ignore[operator]
+        else:
+            state = [part.select(torch.zeros(count, dtype=torch.long, device=ids.device)) for part in past.state]
+        logits = self.prefill(ids, lengths, state)
         own = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         seen = torch.zeros(count, self.config.vocab_size + 1, dtype=torch.bool, device=ids.device)
         seen = seen.scatter(1, torch.where(own, ids, self.config.vocab_size), True)[:, :-1]
+        if past is not None:
+            seen[:, past.tokens] = True
         open_rows = list(range(count))
         for made in range(1, max_new_tokens + 1):
             token = sampling.draw(logits, seen, generator)
             drawn = dict(zip(open_rows, token.tolist(), strict=True))
             yield [drawn.get(row) for row in range(count)]
-            alive = [i for i, row in enumerate(open_rows) if drawn[row] != eos_token_id]
+            alive = [
+                i
+                for i, row in enumerate(open_rows)
+                if drawn[row] != eos_token_id and not (stop is not None and stop(row, drawn[row]))
+            ]
             if not alive or made == max_new_tokens:
                 return
             if len(alive) < len(open_rows):
@@ -184,8 +214,11 @@ class Generator(nn.Module):
             seen = seen.scatter(1, token[:, None], True)
             logits = self.step(token[:, None], state)  # type: ignore[operator]
 
-    def _prefill(self, ids: Tensor, lengths: Tensor, state: list[LayerState]) -> Tensor:
-        """Run the padded prompts (B, T) through the state; logits (B, V) after each row's last token."""
+    def prefill(self, ids: Tensor, lengths: Tensor, state: list[LayerState]) -> Tensor:
+        """Read prompts (B, T), padded on the right, of (B,) tokens each; logits (B, V) after each row's last one.
+
+        They go in by pieces of PREFILL_TOKENS; the state is advanced in place.
+        """
         logits: Tensor | None = None
         for start in range(0, ids.shape[1], PREFILL_TOKENS):
             piece = ids[:, start : start + PREFILL_TOKENS]

@@ -15,10 +15,15 @@ from rat.layers import GatedMixer
 def initialize(model: nn.Module, init_std: float) -> None:
     """Draw every weight of `model` anew from torch's global generator."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=init_std)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
-        if isinstance(module, GatedMixer):
-            with torch.no_grad():
-                module.gate_bias.uniform_(1.0, max(1.0, module.gate_span - 1.0)).log_()
+        initialize_own(module, init_std)
+
+
+def initialize_own(module: nn.Module, init_std: float) -> None:
+    """As `initialize`, but only the weights that belong to `module` itself and not to its children."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=init_std)
+    elif isinstance(module, nn.RMSNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(module, GatedMixer):
+        with torch.no_grad():
+            module.gate_bias.uniform_(1.0, max(1.0, module.gate_span - 1.0)).log_()

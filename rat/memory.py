@@ -6,28 +6,36 @@ that sends nothing. So the count is what eager PyTorch would allocate, operation
 
 - the inside of single operations, of which only the loss needs much: its share is computed, see `loss_workspace`;
 - torch.compile, which keeps less for the backward than is counted here;
-- what is no tensor: the CUDA context, buffers of NCCL, what the allocator rounds up and cannot use.
+- what is no tensor: the CUDA context, buffers of NCCL, what the allocator rounds up and cannot use;
+- gloo, between CPUs: a copy of every whole weight and gradient it sends, for as long as its thread holds on to it.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker, _RefType
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn import functional as F
 
 from rat.config import ModelConfig
+from rat.layers import attention
+from rat.layers.context_shard import ContextShard, deal
 from rat.model import CausalLM
+from rat.ops import sliding_window_attention
 from rat.ops.launch import record_launches
+from rat.tensor_parallel import shard_axis, split_heads
 
 # Any on which the Triton kernels run: what they keep is the same on all of them.
 _GPU = (9, 0)
@@ -39,8 +47,10 @@ class Sharding:
     """Weights, gradients and optimiser state in parts, gathered one block at a time (FSDP).
 
     Attributes:
-        shards: devices that share one copy of the model.
-        replicas: copies; the devices are shards x replicas.
+        shards: devices that share one copy of the model, or of their heads of it.
+        replicas: copies; the devices are replicas x shards x tensor_parallel.
+        context_parallel: of shards x replicas, those that share a row, each with a run of its tokens.
+        tensor_parallel: devices that share a layer, each with some of its heads.
         param_dtype: of gathered weights, and so of activations.
         root_dtype: the same of what belongs to no block: the embedding, which is the head as well, and the last norm.
         reduce_dtype: in which gradients are summed over devices.
@@ -49,6 +59,8 @@ class Sharding:
 
     shards: int
     replicas: int = 1
+    context_parallel: int = 1
+    tensor_parallel: int = 1
     param_dtype: torch.dtype = torch.float32
     root_dtype: torch.dtype = torch.float32
     reduce_dtype: torch.dtype = torch.float32
@@ -61,7 +73,7 @@ class TrainingStep:
 
     Attributes:
         batch_size: sequences of a micro batch.
-        seq_len: T.
+        seq_len: T, of whole rows.
         bf16: products in bf16 by autocast; weights are fp32.
         checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again.
         accumulating: whether there are gradients of earlier micro batches to add to; else those of the last step are
@@ -125,11 +137,15 @@ def training_memory(config: ModelConfig, step: TrainingStep) -> TrainingMemory:
     with ExitStack() as stack:
         if step.gpu:
             stack.enter_context(record_launches(_GPU))
-            # A GPU's kernel for windows keeps what causal attention does: its inputs, its output, a sum for each row.
-            config = replace(config, window_size=max(config.window_size, step.seq_len))
+            # A GPU's kernels for windows and for the last queries of a row keep what causal attention does: their
+            # inputs, their output, a sum for each row.
+            stack.enter_context(patch.object(attention, "sliding_window_attention", _without_window))
+            stack.enter_context(patch.object(attention.Attention, "_attend_last", _attend_last))
+        stack.enter_context(patch.object(attention, "causal_lower_right", _causal_mask))
         mesh = stack.enter_context(_imagined_mesh(step.sharding)) if step.sharding else None
+        stack.enter_context(patch.object(DeviceMesh, "_concatenate", _with_content(DeviceMesh._concatenate)))
         stack.enter_context(FakeTensorMode())
-        found = _by_part(_watch_step(_build(config, step, mesh), step))
+        found = _by_part(_watch_step(_build(config, step, mesh), step, _last_shard(config, step)))
     return replace(found, communication=4 * _size(config)) if step.buckets else found
 
 
@@ -237,30 +253,70 @@ def _build(config: ModelConfig, step: TrainingStep, mesh: DeviceMesh | None) -> 
         for i, block in enumerate(blocks):
             blocks[i] = checkpoint_wrapper(block)
     if (sharding := step.sharding) is not None:
+        assert mesh is not None
+        split_heads(model, mesh["tensor"])
+        options: dict[str, Any] = {
+            "mesh": mesh["replicate", "shard"] if sharding.replicas > 1 else mesh["shard"],
+            "shard_placement_fn": partial(shard_axis, num_shards=sharding.shards),
+        }
         of_blocks, of_rest = (
             MixedPrecisionPolicy(dtype, sharding.reduce_dtype) for dtype in (sharding.param_dtype, sharding.root_dtype)
         )
         for block in blocks:
             # the last one hands its output to the root
             policy = replace(of_blocks, output_dtype=sharding.root_dtype) if block is blocks[-1] else of_blocks
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward)
-        fully_shard(model, mesh=mesh, mp_policy=of_rest)
+            fully_shard(block, mp_policy=policy, reshard_after_forward=sharding.reshard_after_forward, **options)
+        fully_shard(model, mp_policy=of_rest, **options)
     return model
 
 
-def _watch_step(model: CausalLM, step: TrainingStep) -> dict[str, int]:
+def _with_content(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which needs tensors with content, outside of FakeTensorMode."""
+
+    def outside(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return outside
+
+
+def _without_window(*args: Tensor, window_size: int | None, **options: Any) -> Tensor:
+    return sliding_window_attention(*args, window_size=None, **options)
+
+
+def _attend_last(self: Any, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    q, keys, values = (x.transpose(1, 2) for x in (q, keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, is_causal=True).transpose(1, 2)
+
+
+def _causal_mask(queries: int, keys: int) -> Tensor:
+    """What PyTorch's own, which cannot be without content, makes for itself on a CPU."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
+def _last_shard(config: ModelConfig, step: TrainingStep) -> ContextShard | None:
+    """The part of a row that takes most: its last tokens, which see all others."""
+    ranks = step.sharding.context_parallel if step.sharding else 1
+    if ranks == 1:
+        return None
+    borders = deal(step.seq_len, config.chunk_size if "rat" in config.pattern else 1, ranks)
+    return ContextShard(borders, rank=ranks - 1, group=dist.new_group(range(ranks)))
+
+
+def _watch_step(model: CausalLM, step: TrainingStep, shard: ContextShard | None) -> dict[str, int]:
     """Run a step that is not the first one; bytes at its fullest moment by the tracker's own names."""
     optimizer = torch.optim.AdamW(model.parameters(), foreach=step.gpu)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     batch = [torch.zeros(step.batch_size, step.seq_len, dtype=torch.long) for _ in ("input_ids", "labels")]
+    own = batch if shard is None else [shard.part(x) for x in batch]
     tracker: Any = _ShardedTracker(model, optimizer) if step.sharding else _WholeTracker()
     tracker.gpu, tracker._ref_class = step.gpu, [*tracker._ref_class, *_Loss]
     tracker.track_inputs(batch) if step.sharding else tracker.track_external(model, optimizer, *batch)
     with tracker:
         with torch.autocast("cpu", torch.bfloat16, enabled=step.bf16):
-            loss = model(*batch)
+            loss = model(*own, shard=shard)
         if not step.accumulating:
             optimizer.zero_grad()
         loss.backward()
@@ -298,10 +354,9 @@ def _imagined_mesh(sharding: Sharding) -> Iterator[DeviceMesh]:
 
     if dist.is_initialized():
         raise RuntimeError("memory of sharded weights is counted in a process of its own, which is part of no group")
-    shape = (sharding.replicas, sharding.shards)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=sharding.replicas * sharding.shards)
+    shape = (sharding.replicas, sharding.shards, sharding.tensor_parallel)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=math.prod(shape))
     try:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-        yield mesh if sharding.replicas > 1 else mesh["shard"]
+        yield init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
     finally:
         dist.destroy_process_group()

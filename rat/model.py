@@ -24,6 +24,8 @@ MIXERS: dict[MixerName, Callable[[ModelConfig], Mixer]] = {
 IGNORED = -100
 # Rows of logits that the loss holds at a time on a CPU, where the library's own choice is a quarter slower.
 CPU_LOSS_ROWS = 256
+# Logits that `score` holds at a time: 64 MiB in fp32.
+SCORED_LOGITS = 2**24
 
 
 class CausalLM(Pretrained, Generator):
@@ -60,15 +62,27 @@ class CausalLM(Pretrained, Generator):
             scalar, for which the logits are never stored whole. It is 0 where every label is ignored.
         """
         self._check(input_ids, labels, positions)
+        x = self.hidden(input_ids, document_ids, shard)
+        if labels is not None:
+            return self.loss(x, labels, shard)
+        return self.logits(x if positions is None else x[positions])
+
+    def hidden(
+        self, input_ids: Tensor, document_ids: Tensor | None = None, shard: ContextShard | None = None
+    ) -> Tensor:
+        """(B, T, D) behind the last layer, before the final norm; the arguments are those of `forward`."""
         x = self.embedding(input_ids)
         for layer in self.layers:
             x = layer(x, document_ids, shard)
-        x = self.norm(x)
-        if labels is not None:
-            return self._loss(x, labels, shard)
-        return linear(x if positions is None else x[positions], self.embedding.weight)
+        return x
 
-    def _loss(self, x: Tensor, labels: Tensor, shard: ContextShard | None) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., D) of `hidden` or `advance` -> (..., V)."""
+        return linear(self.norm(x), self.embedding.weight)
+
+    def loss(self, x: Tensor, labels: Tensor, shard: ContextShard | None = None) -> Tensor:
+        """The mean cross-entropy of `forward`, from (B, T, D) of `hidden`."""
+        x = self.norm(x)
         counted = (labels != IGNORED).sum()
         total = F.linear_cross_entropy(
             x.flatten(0, 1),
@@ -110,6 +124,40 @@ class CausalLM(Pretrained, Generator):
         Returns:
             (B, V) logits after each row's last token; meaningless for rows that bring none.
         """
+        x = self.advance(input_ids, state, lengths)
+        return self.logits(x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1])
+
+    def score(
+        self, input_ids: Tensor, targets: Tensor, state: list[LayerState], lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Advance the state as `step` does, and tell how likely each given next token was.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token after each position; -100 where that is not asked.
+            state: of `new_state`; rows may stand at different lengths.
+            lengths: (B,) as for `step`.
+
+        Returns:
+            (B, T) fp32 log-probabilities in nats, 0 where not asked, and (B, T) bool, whether the target is the
+            likeliest token, True where not asked. Logits are made for a slice of the asked positions at a time.
+        """
+        if targets.shape != input_ids.shape:
+            raise ValueError(f"targets {tuple(targets.shape)} do not fit input_ids {tuple(input_ids.shape)}")
+        x = self.advance(input_ids, state, lengths)
+        asked = targets != IGNORED
+        likelihood = torch.zeros(targets.shape, device=x.device)
+        likeliest = torch.ones_like(asked)
+        if asked.any():
+            rows = max(1, SCORED_LOGITS // self.config.vocab_size)
+            parts = zip(x[asked].split(rows), targets[asked].split(rows), strict=True)
+            pairs = [_compare(self.logits(part), target) for part, target in parts]
+            likelihood[asked] = torch.cat([pair[0] for pair in pairs])
+            likeliest[asked] = torch.cat([pair[1] for pair in pairs])
+        return likelihood, likeliest
+
+    def advance(self, input_ids: Tensor, state: list[LayerState], lengths: Tensor | None = None) -> Tensor:
+        """(B, T, D) behind the last layer, before the final norm; all else is as in `step`."""
         self._check(input_ids)
         rows = len(state[0].lengths)
         if rows != len(input_ids) or (lengths is not None and lengths.shape != (rows,)):
@@ -118,8 +166,7 @@ class CausalLM(Pretrained, Generator):
         x = self.embedding(input_ids)
         for layer, part in zip(self.layers, state, strict=True):
             x = layer.step(x, part, lengths)
-        last = x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
-        return linear(self.norm(last), self.embedding.weight)
+        return x
 
     def crop(self, state: list[LayerState], lengths: Tensor) -> None:
         """Take every row of `state` back to its first `lengths` (B,) tokens, in place, or leave all as it is.
@@ -146,3 +193,10 @@ class CausalLM(Pretrained, Generator):
         mixers = [layer.mixer for layer in self.layers]
         wide = sum(mixer.recurrent_elements for mixer in mixers)
         return bytes_per_element * (sum(mixer.cache_elements(seq_len) for mixer in mixers) - wide) + 4 * wide
+
+
+def _compare(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, V) logits and (N,) targets: the targets' log-probabilities in fp32, and whether they are the likeliest."""
+    logits = logits.float()
+    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    return chosen - logits.logsumexp(1), logits.argmax(1) == targets

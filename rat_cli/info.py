@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rat import CausalLM, ModelConfig
+from rat.context_parallel import bytes_per_token, ring_attention_bytes_per_token
 from rat.memory import TrainingMemory
 from rat_cli.lightning import RatCLI
 from rat_cli.plan import GB, Plan, read_plan
@@ -35,7 +36,8 @@ class InfoCLI(RatCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is asked of the config."""
         parser.add_argument("--seq_len", type=list[int] | None, default=None, help="lengths to tell costs at")
-        parser.add_argument("--ckpt_path", default=None, help="not looked at: whatever a config for fit may hold")
+        for name in ("ckpt_path", "weights_only"):
+            parser.add_argument(f"--{name}", default=None, help="not looked at: whatever a run's config.yaml may hold")
         parser.add_argument("--batch_size", type=int | None, default=None, help="micro batch; default: the data's")
         parser.add_argument("--devices", type=int | None, default=None, help="of all nodes; default: the trainer's")
         parser.add_argument("--strategy", help="NAME: as --config configs/strategy/NAME.yaml; default: the trainer's")
@@ -109,9 +111,10 @@ def describe_training(plan: Plan, memory_gb: float, peak_tflops: float, mfu: flo
     again = ", blocks computed again for the backward" if step.checkpointing else ""
     yield ""
     yield f"training memory of {many} ({place}, {plan.strategy}), {step.batch_size} x {step.seq_len:,} tokens{again}"
+    yield from _describe_sharing(plan)
     yield from _table(plan.memory())
     batch, memory = plan.largest_batch(memory_gb)
-    micro_batches = plan.global_batch_size // batch // plan.devices
+    micro_batches = plan.global_batch_size // batch // plan.data_parallel
     yield (
         f"largest micro batch in {memory_gb:g} GB: {batch} ({memory.total / GB:.2f} GB),"
         f" {micro_batches} of them in a step of {plan.global_batch_size}"
@@ -128,6 +131,21 @@ def describe_training(plan: Plan, memory_gb: float, peak_tflops: float, mfu: flo
         f"  {hours:,.3g} device-hours, {hours / plan.devices:,.3g} hours on {plan.devices},"
         f" if {mfu:.0%} of {peak_tflops:g} TFLOP/s are reached (an assumption)"
     )
+
+
+def _describe_sharing(plan: Plan) -> Iterator[str]:
+    """Which devices share rows and layers, and what those that share a row send each other."""
+    sharding, step = plan.step.sharding, plan.step
+    if sharding is None:
+        return
+    if sharding.tensor_parallel > 1:
+        yield f"  {sharding.tensor_parallel} devices share a layer"
+    if (ranks := sharding.context_parallel) > 1:
+        size = 2 if step.bf16 else 4
+        sent = bytes_per_token(plan.model, step.seq_len, ranks, size) * (1.5 if step.checkpointing else 1)
+        ring = ring_attention_bytes_per_token(plan.model, ranks, size)
+        yield f"  {ranks} devices share a row, of which this one has the last tokens; in a step they send"
+        yield f"  {sent / 1024:,.4g} KiB for each token of a row (ring attention in all layers: {ring / 1024:,.4g} KiB)"
 
 
 def gpu_hours(flops: float, peak_tflops: float, mfu: float) -> float:

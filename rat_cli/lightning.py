@@ -1,23 +1,26 @@
 """fit, validate, test and predict: a LightningCLI whose YAML files can build on others and whose errors name them."""
 
 import logging
+import shutil
 import signal
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from lightning_modules import BadStepGuard, LanguageModel, LastCheckpoint, Preemption, RunRecord
-from lightning_modules.callbacks import PredictionWriter
+from lightning_modules.atomic import replacing
 from lightning_modules.checkpoints import AtomicCheckpointIO
+from lightning_modules.dashboard import preformatted, writers
+from lightning_modules.predictions import PredictionWriter
 from lightning_modules.preemption import SIGNALS
+from lightning_modules.run_folder import run_folder
 from lightning_modules.slurm import slurm_environments
 from rat_cli.config_files import ConfigFile, ConfigParser
 
@@ -27,18 +30,25 @@ class LightningParser(ConfigParser, LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes what `fit` was told to config.yaml in the run's folder; what it said before goes to config-1.yaml, ..."""
+    """Writes what `fit` was told to config.yaml in the run's folder, and to TensorBoard's texts; what the file said
+    before goes to config-1.yaml, ..."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write, if this is training."""
-        if stage != "fit":
-            return
-        path = Path(trainer.log_dir or trainer.default_root_dir, self.config_filename)
-        before = path.read_text() if trainer.is_global_zero and path.is_file() else None
-        super().setup(trainer, pl_module, stage)
-        if before is not None and path.read_text() != before:
+        if stage == "fit":
+            self._path = run_folder(trainer) / self.config_filename  # which all ranks have to ask for
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write both, on rank 0."""
+        text, path = self.parser.dump(self.config, skip_none=False), self._path
+        if path.is_file() and path.read_text() != text:
             number = 1 + len(list(path.parent.glob(f"{path.stem}-*{path.suffix}")))
-            path.with_stem(f"{path.stem}-{number}").write_text(before)
+            shutil.copyfile(path, path.with_stem(f"{path.stem}-{number}"))
+        with replacing(path) as partial:
+            partial.write_text(text)
+        for writer in writers(trainer):
+            writer.add_text("config", preformatted(text), 0)
 
 
 class RatCLI(LightningCLI):
@@ -53,7 +63,7 @@ class RatCLI(LightningCLI):
             subclass_mode_data=True,
             parser_class=LightningParser,
             save_config_callback=RunConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             seed_everything_default=0,
@@ -92,6 +102,11 @@ class RatCLI(LightningCLI):
                 callbacks = [*callbacks, Preemption()]
             elif Preemption not in given:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if config.get("enable_progress_bar") is not False and not any(
+            isinstance(callback, ProgressBar) for callback in _as_list(config.get("callbacks"))
+        ):
+            # Lightning's own choice depends on whether some package has brought `rich` along.
+            callbacks = [*callbacks, TQDMProgressBar()]
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
@@ -127,7 +142,9 @@ def _as_list(value: Any) -> list[Any]:
 
 def run(args: list[str]) -> None:
     """Parse `args`, a subcommand first, and run it."""
-    # Noise about Lightning's own insides, and advertisement.
+    # Noise about the insides of Lightning and PyTorch, and advertisement.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    # The norm of gradients takes two sums under tensor parallelism, of one number each.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     RatCLI(args)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 
 class Command(NamedTuple):
@@ -22,7 +22,7 @@ COMMANDS = {
     "fit": Command(None, "train a model: fit --config FILE.yaml [--config FILE.yaml ...] [--ckpt_path last]"),
     "validate": Command(None, "loss, perplexity and bits per byte on the validation data"),
     "test": Command(None, "the same on the test data"),
-    "predict": Command(None, "loss of every sequence"),
+    "predict": Command(None, "loss of every sequence; of a fine-tuning task, answers and their scores"),
     "prepare pretrain": Command("datamodules.pretraining:prepare_pretrain", "turn text into shards and a tokenizer"),
     "prepare merge": Command("datamodules.pretraining:merge", "put together what several workers have prepared"),
     "prepare sft": Command("datamodules.sft.prepare:prepare_sft", "turn a task into prompts and answers"),
@@ -30,9 +30,14 @@ COMMANDS = {
         "datamodules.inspection:inspect", "documents and statistics of shards, a picture of lengths"
     ),
     "data verify": Command("datamodules.inspection:verify", "compare shards with their checksums"),
+    "sweep": Command("rat_cli.sweep:sweep", "train a grid of variants and seeds, resumed, and collect one table"),
     "report": Command("rat_cli.report:report", "a finished run beside n-grams: perplexity, speed, a sample"),
     "generate": Command("rat_cli.generate:generate", "continue prompts with a trained model"),
-    "convert": Command("rat_cli.convert:convert", "turn a checkpoint into one file, a folder of shards, or a model"),
+    "evaluate": Command("rat_cli.evaluate:evaluate", "commonsense, LongBench, RULER, fine-tuning, any of lm-eval"),
+    "evaluate lengths": Command(
+        "rat_cli.lengths:evaluate_lengths", "loss by position, beyond the T of training too, drawn"
+    ),
+    "convert": Command("rat_cli.convert:convert", "turn a checkpoint or model into another form: transformers, ..."),
     "info": Command("rat_cli.info:main", "parameters, FLOPs, cache bytes and memory of a config"),
     "bench layer": Command("rat.benchmarks.layer:layer_benchmark", "time layers: training, prefill, decoding; floors"),
     "bench memory": Command("rat.benchmarks.memory:memory_benchmark", "bytes of layers: kept, at most, in the cache"),
@@ -50,7 +55,18 @@ COMMANDS = {
 
 
 # Commands that fill large tensors again and again.
-_COMPUTING = {"fit", "validate", "test", "predict", "generate", "bench layer", "bench throughput"}
+_COMPUTING = {
+    "fit",
+    "validate",
+    "test",
+    "predict",
+    "generate",
+    "evaluate",
+    "evaluate lengths",
+    "sweep",
+    "bench layer",
+    "bench throughput",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: 0 after help, 1 where the input was at fault, 2 where the arguments were, 75 where training was told
             to stop and was saved, 130 after Ctrl-C.
     """
-    if argv is None and sys.argv[1:2] == ["fit"]:
+    if argv is None and sys.argv[1:2] in (["fit"], ["sweep"]):
         # They wait until training has begun, and can stop it where nothing is lost: lightning_modules.preemption.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -71,10 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_help(COMMANDS))
         sys.exit(0 if argv else 2)
     group = [name for name in COMMANDS if name.startswith(argv[0] + " ")]
-    if group and (len(argv) < 2 or argv[1].startswith("-")):
+    if group and argv[0] not in COMMANDS and (len(argv) < 2 or argv[1].startswith("-")):
         print(_help(group))
         sys.exit(0 if argv[1:] in (["-h"], ["--help"]) else 2)
-    name = " ".join(argv[:2]) if group else argv[0]
+    name = " ".join(argv[:2])
+    if not group or (argv[0] in COMMANDS and name not in COMMANDS):
+        name = argv[0]
     if name not in COMMANDS:
         _stop(_unknown(name), code=2)
     args = argv[len(name.split()) :]
@@ -84,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        _stop("interrupted", code=130)
+        _stop("interrupted", code=130, everywhere=True)
     except Exception as error:
         if not _is_the_users(error):
             raise
-        _stop(str(error), code=1)
+        _stop(str(error), code=1, everywhere=type(error).__name__ == "BadStepError")
 
 
 def _run(name: str, args: list[str]) -> None:
@@ -171,9 +189,15 @@ def _is_the_users(error: Exception) -> bool:
     return isinstance(error, ValueError) and (ours or no_such_checkpoint)
 
 
-def _stop(message: str, code: int) -> None:
+def rank() -> int:
+    """This process's number among those that torchrun, srun or Lightning have started; 0 where it is alone."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+
+
+def _stop(message: str, code: int, everywhere: bool = False) -> NoReturn:
+    """Say what is wrong and end; of what is so on all ranks rank 0 tells alone."""
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stderr.flush()
+    number = rank()
+    if not (everywhere and number):
+        print(f"error: {message}{f' (rank {number})' * bool(number)}", file=sys.stderr, flush=True)
     sys.exit(code)

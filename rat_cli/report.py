@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datamodules.baselines import ngram_baselines, trained_pairs, validation_pairs
 from datamodules.tokenizer import load_tokenizer
 from datamodules.tokens import TokenDataModule
-from rat_cli.generate import decoded, load_model
+from lightning_modules.event_files import read_scalars
+from rat_cli.generate import load_model
+from rat_cli.text_stream import decoded
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 TOKENIZER = "tokenizer.json"
@@ -39,9 +40,7 @@ def report(run: Path, prompt: str = "Return the", max_new_tokens: int = 80, seed
         if not (run / name).is_file():
             raise FileNotFoundError(f"{run / name} is missing: {run} is no folder of a run of cli.py fit")
     config = yaml.safe_load((run / "config.yaml").read_text())
-    curves = EventAccumulator(str(run))
-    curves.Reload()
-    scalars = {tag: [event.value for event in curves.Scalars(tag)] for tag in curves.Tags()["scalars"]}
+    scalars = {tag: list(rows.value) for tag, rows in read_scalars(run).groupby("tag")}
     if "val/perplexity" not in scalars:
         raise ValueError(f"{run} was never validated: let it reach trainer.val_check_interval")
     data = _data_module(config, run)
@@ -84,13 +83,14 @@ def _sample(
     if folder is None or not Path(folder, TOKENIZER).is_file():
         return f"no sample: there is no {TOKENIZER} beside the data"
     vocabulary = load_tokenizer(Path(folder, TOKENIZER))
+    given = vocabulary.encode(prompt).ids
     generator = torch.Generator().manual_seed(seed)
     tokens = load_model(run / CHECKPOINT).generate(
-        [vocabulary.encode(prompt).ids],
+        [given],
         max_new_tokens=max_new_tokens,
         temperature=0.8,
         top_p=0.95,
         eos_token_id=data.eos_id,
         generator=generator,
     )[0]
-    return "sample: " + prompt + "".join(decoded(vocabulary, iter(tokens)))
+    return "sample: " + prompt + "".join(decoded(vocabulary, iter(tokens), after=given))

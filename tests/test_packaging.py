@@ -20,7 +20,19 @@ LOCK = {
     if line and not line.startswith("#")
     for requirement in [Requirement(line)]
 }
-WANTED = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+OPTIONAL = [text for extra in PROJECT["optional-dependencies"].values() for text in extra]
+WANTED = [
+    requirement
+    for requirement in map(Requirement, PROJECT["dependencies"] + OPTIONAL)
+    if requirement.name != PROJECT["name"]
+]
+
+
+def needed_by(name: str, extras: set[str]) -> list[Requirement]:
+    needed = [Requirement(text) for text in requires(name) or []]
+    return [
+        r for r in needed if r.marker is None or any(r.marker.evaluate({"extra": extra}) for extra in {"", *extras})
+    ]
 
 
 def locked_version(name: str) -> Version:
@@ -41,11 +53,15 @@ def test_what_is_installed_is_what_is_locked(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(LOCK))
 def test_the_lock_is_complete(name: str) -> None:
-    needed = [Requirement(text) for text in requires(name) or []]
-    missing = [r.name for r in needed if (r.marker is None or r.marker.evaluate({"extra": ""}))]
+    missing = [requirement.name for requirement in needed_by(name, extras=set())]
     # The GPU builds of torch bring their CUDA libraries along; the lock leaves their choice to torch.
     missing = [n for n in missing if canonicalize_name(n) not in LOCK and not n.startswith(("nvidia-", "cuda-"))]
     assert set(missing) <= {"setuptools"}, f"{name} needs {missing}, which requirements.lock does not name"
+
+
+@pytest.mark.parametrize("asked", [r for r in WANTED if r.extras], ids=str)
+def test_the_lock_has_the_extras_that_are_asked_for(asked: Requirement) -> None:
+    assert {canonicalize_name(r.name) for r in needed_by(asked.name, asked.extras)} <= set(LOCK)
 
 
 def test_conda_gets_the_lock_and_a_python_that_fits() -> None:

@@ -1,18 +1,20 @@
 """The LightningDataModule for fine-tuning: the loss is on answers only."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.dataset import IGNORED, Batch
 from datamodules.resumable import SplitDataModule, check_at_least
 from datamodules.sampler import PADDING
 from datamodules.sft.examples import Examples
 from datamodules.sft.packing import pack, padding
+from datamodules.sft.prompts import PromptDataset
 from datamodules.tokenizer import FILE_NAME
 
 
@@ -76,6 +78,7 @@ class SFTDataModule(SplitDataModule):
             chunks holds two examples; divides seq_len.
         batch_size, global_batch_size, seed, num_workers, shuffle: see `ResumableDataModule`.
         verify_checksums: read all shards once before the start, and compare them with their checksums.
+        max_new_tokens: most tokens of an answer that `predict` writes. Default: that of `prepare sft`.
 
     Raises:
         ValueError: arguments that do not fit each other, the data, the Trainer, or the checkpoint.
@@ -95,6 +98,7 @@ class SFTDataModule(SplitDataModule):
         num_workers: int = 0,
         shuffle: bool = True,
         verify_checksums: bool = False,
+        max_new_tokens: int | None = None,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -103,11 +107,11 @@ class SFTDataModule(SplitDataModule):
             num_workers=num_workers,
             shuffle=shuffle,
         )
-        check_at_least(1, seq_len=seq_len, chunk_size=chunk_size)
+        check_at_least(1, seq_len=seq_len, chunk_size=chunk_size, max_new_tokens=max_new_tokens)
         self.path, self.seq_len = Path(path), seq_len
-        self.chunk_size = chunk_size if packing else None
-        self.verify_checksums = verify_checksums
-        self._datasets: dict[str, SFTDataset] = {}
+        self.packing, self.chunk_size = packing, chunk_size if packing else None
+        self.verify_checksums, self.max_new_tokens = verify_checksums, max_new_tokens
+        self._datasets: dict[str, SFTDataset | PromptDataset] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -125,15 +129,18 @@ class SFTDataModule(SplitDataModule):
         return self._any.examples.eos_id
 
     @property
-    def _any(self) -> SFTDataset:
+    def _any(self) -> SFTDataset | PromptDataset:
         """A split that is open already, or the training data."""
         return next(iter(self._datasets.values()), None) or self.dataset("train")
 
-    def dataset(self, split: str) -> SFTDataset:
-        """The rows of `split` ("train", "val" or "test"), opened on first use."""
+    def dataset(self, split: str) -> SFTDataset | PromptDataset:
+        """The rows of `split` ("train", "val" or "test"), or the prompts of "predict", opened on first use."""
         if split not in self._datasets:
             others = [opened.examples.shards.index.tokenizer_sha256 for opened in self._datasets.values()]
-            examples = Examples(self.path / split, others[0] if others else None)
+            examples = Examples(self.path / ("test" if split == "predict" else split), others[0] if others else None)
+            if split == "predict":
+                self._datasets[split] = PromptDataset(examples, self.max_new_tokens)
+                return self._datasets[split]
             longest = examples.lengths.sum(axis=1).max()
             if longest > self.seq_len:
                 raise ValueError(
@@ -151,12 +158,16 @@ class SFTDataModule(SplitDataModule):
     def setup(self, stage: str) -> None:
         """Open the splits that `stage` needs; say what packing saves."""
         super().setup(stage)
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
         for split in splits[stage]:
             self.dataset(split)
         if stage == "fit" and self.chunk_size is not None:
             lengths = self.dataset("train").examples.lengths.sum(axis=1)
             rank_zero_info(str(padding(lengths, self.seq_len, self.chunk_size)))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The prompts of the test examples, once over all ranks, in order; see `PromptDataset`."""
+        return self._loader("predict", self.eval_sampler("predict"))
 
     def identity(self) -> dict[str, int | str]:
         """See `ResumableDataModule.identity`."""

@@ -1,5 +1,6 @@
 """Prompts and answers on disk: shards of tokens, and an `examples.npy` that says where each begins."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from datamodules.shards import ShardError, TokenShards
 
-EXAMPLES = "examples.npy"
+EXAMPLES, REFERENCES = "examples.npy", "references.jsonl"
 
 
 class Examples:
@@ -48,6 +49,22 @@ class Examples:
         tokens = np.empty((1, prompt + answer), self.shards.dtype)
         self.shards.read_into(self._starts[number : number + 1], tokens)
         return tokens[0, :prompt], tokens[0, prompt:]
+
+
+def read_references(folder: Path, count: int) -> list[dict[str, Any]]:
+    """The questions and all answers of a split's `count` examples, {index, input, answers}, in their order.
+
+    Raises:
+        ShardError: they are missing, damaged, or of another number of examples.
+    """
+    path = folder / REFERENCES
+    try:
+        references = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (FileNotFoundError, ValueError) as error:
+        raise ShardError(f"{path} is missing or damaged ({error}); prepare again with --overwrite true") from None
+    if len(references) != count:
+        raise ShardError(f"{path} is of {len(references)} examples, not of {count}")
+    return references
 
 
 def _load(path: Path) -> NDArray[np.uint32]:

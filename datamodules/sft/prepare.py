@@ -15,15 +15,16 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from datamodules.output_folder import is_done, whole_folder, write_record
-from datamodules.sft.examples import EXAMPLES, Examples
+from datamodules.sft.examples import EXAMPLES, REFERENCES, Examples, read_references
 from datamodules.sft.packing import padding
 from datamodules.sft.sources import SPLITS, ExampleSource
 from datamodules.sft.tasks import Example, Setting, Task, TaskName, find_task
-from datamodules.shards import ShardError, ShardWriter
+from datamodules.shards import ShardWriter
 from datamodules.tokenizer import describe_tokenizer, end_of_text_id, fingerprint, load_tokenizer, save_tokenizer
 
-REFERENCES = "references.jsonl"
 _BATCH_CHARS = 2_000_000
+# What a model is tested on, unless asked otherwise: so many examples, the draw, what training gives up for them.
+TEST_ITEMS, SEED, HELD_OUT = 200, 1234, 0.05
 # A prompt that is cut keeps a token from either end.
 _LEAST_PROMPT = 3
 
@@ -37,9 +38,9 @@ def prepare_sft(
     kind: str | None = None,
     max_new_tokens: int | None = None,
     seq_len: int = 4096,
-    test_items: int = 200,
-    seed: int = 1234,
-    held_out: float = 0.05,
+    test_items: int = TEST_ITEMS,
+    seed: int = SEED,
+    held_out: float = HELD_OUT,
     test_split: str | None = None,
     chunk_size: int = 16,
     overwrite: bool = False,
@@ -58,7 +59,7 @@ def prepare_sft(
             'answers' can take the place of 'answer'.
         tokenizer: that of the pre-training: a tokenizer.json, a SentencePiece .model of the LLaMA kind, the prepared
             folder that holds one of them, or a name on the hub.
-        source: folder of .jsonl, .json or .parquet files with the columns of the hub's data set, named train*,
+        source: folder of .jsonl, .json, .parquet or .arrow files with the columns of the hub's data set, named train*,
             validation*, test*; or a single file. Default: the hub, which needs a network. QMSum's own files are read
             too.
         setting: what NarrativeQA asks about: the summary (default), the text, or full, one after the other.
@@ -177,6 +178,22 @@ def cut_middle(tokens: list[int], n: int) -> list[int]:
     return tokens[:first] + tokens[len(tokens) - (n - 1 - first) :]
 
 
+def usable_examples(
+    source: ExampleSource, split: str, test_items: int, seed: int, counts: Counter[str]
+) -> Iterable[Example]:
+    """The examples of a split that lack nothing; of "test" those that `draw` takes.
+
+    Args:
+        source: of all examples.
+        split: "train", "val" or "test".
+        test_items: as of `draw`.
+        seed: as of `draw`.
+        counts: "no context", "no input" and "no answer" are added to.
+    """
+    usable = _usable(source.examples(split), counts)
+    return draw(usable, test_items, seed) if split == "test" else usable
+
+
 def draw(examples: Iterable[Example], items: int, seed: int) -> Iterable[Example]:
     """`items` of the examples (all if there are no more, or if it is 0) in their order; the seed decides which."""
     if not items:
@@ -202,8 +219,7 @@ def _write(
 ) -> dict[str, int]:
     """Encode `split` into folder/split; what is in it, and what was left out."""
     counts: Counter[str] = Counter()
-    usable = _usable(source.examples(split), counts)
-    examples = draw(usable, test_items, seed) if split == "test" else usable
+    examples = usable_examples(source, split, test_items, seed, counts)
     lengths, references = [], []
     with ShardWriter(
         folder / split,
@@ -252,10 +268,7 @@ def _batches(examples: Iterable[Example]) -> Iterator[list[Example]]:
 def _open(folder: Path) -> list[Examples]:
     sha256 = fingerprint(folder / "tokenizer.json")
     splits = [Examples(folder / split, sha256) for split in SPLITS]
-    path = folder / "test" / REFERENCES
-    references = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if len(references) != len(splits[-1]):
-        raise ShardError(f"{path} is of {len(references)} examples, not of {len(splits[-1])}")
+    read_references(folder / "test", len(splits[-1]))
     return splits
 
 

@@ -10,7 +10,7 @@ from datamodules.sft.tasks import Example, Row, Task
 from datamodules.text_sources import SourceError
 
 SPLITS = ("train", "val", "test")
-_ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Rows = Callable[[], Iterator[tuple[str, Row]]]
 
 
@@ -21,20 +21,28 @@ class ExampleSource:
 
     Args:
         task: what the rows are.
-        path: a folder of .jsonl, .json or .parquet files, whose names or folders begin with the name of their split
-            as `datasets` understands it (train, validation or dev, test, ...); or one such file, all of it training;
-            None for the task's data set on the hub.
+        path: a folder of .jsonl, .json, .parquet or .arrow files, whose names or folders begin with the name of their
+            split as `datasets` understands it (train, validation or dev, test, ...); or one such file, all of it
+            training; None for the task's data set on the hub.
         held_out: share of the training contexts that each missing split is given.
         test_split: the source's split to test on. Default: test, or on the hub the one that has answers.
+        needed: what must be there. By default training; "test" where nothing else will be read.
 
     Attributes:
         version: changes when a local file does.
 
     Raises:
-        SourceError: nothing there, or without training data.
+        SourceError: nothing there, or neither what is needed nor training data to take it from.
     """
 
-    def __init__(self, task: Task, path: Path | None, held_out: float, test_split: str | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        path: Path | None,
+        held_out: float,
+        test_split: str | None = None,
+        needed: str = "train",
+    ) -> None:
         self._task, self._held_out = task, held_out
         self.version: str | None = None
         if path is not None:
@@ -52,9 +60,10 @@ class ExampleSource:
         if chosen == "validation":
             del names["val"]
         self._rows = {split: rows[name] for split, name in names.items() if name in rows}
-        if "train" not in self._rows:
-            raise SourceError(f"{path or task.hub} has no split train, only {', '.join(rows)}")
         self._missing = [split for split in SPLITS if split not in self._rows]
+        if not {needed, "train"} & set(self._rows):
+            wanted = " or ".join(dict.fromkeys([needed, "train"]))
+            raise SourceError(f"{path or task.hub} has no split {wanted}, only {', '.join(rows)}")
 
     def examples(self, split: str) -> Iterator[Example]:
         """The examples of "train", "val" or "test", in order, without looking at what they lack.
@@ -62,7 +71,7 @@ class ExampleSource:
         Raises:
             SourceError: rows that cannot be read, or lack a column; the message names the file, the row and the column.
         """
-        for place, row in self._rows.get(split, self._rows["train"])():
+        for place, row in self._rows[split if split in self._rows else "train"]():
             try:
                 found = list(self._task.examples(row))
             except SourceError as error:
@@ -86,7 +95,8 @@ def local_files(path: Path) -> dict[str, list[Path]]:
     from datasets.data_files import FILES_TO_IGNORE
 
     inside = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in inside if file.suffix in _ENDINGS and file.name not in FILES_TO_IGNORE]
+    no_rows = {*FILES_TO_IGNORE, "state.json"}  # of save_to_disk
+    files = [file for file in inside if file.suffix in _ENDINGS and file.name not in no_rows]
     if not files:
         raise SourceError(f"{path} holds no {', '.join(_ENDINGS)} file")
     if path.is_file():

@@ -53,4 +53,5 @@ class Copying(Task):
         longest = self.max_length or (seq_len - 1) // 2
         length = rng.integers(self.min_length or longest, longest, endpoint=True)
         string = rng.integers(self.num_symbols, size=length)
-        return fill_up(np.append(string, self.num_symbols), string, self.eos_id, seq_len)
+        prompt, said = np.append(string, self.num_symbols), np.arange(length)
+        return fill_up(prompt, string, said, int(length), self.eos_id, seq_len)

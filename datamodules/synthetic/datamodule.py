@@ -13,8 +13,9 @@ from datamodules.synthetic.task import Task
 class SyntheticDataset(Dataset[dict[str, NDArray[np.int64]]]):
     """The samples of a split, made when they are asked for.
 
-    It is indexed by a whole micro batch of sample numbers (B,), and gives `input_ids` and `labels`, (B, T) int64 each.
-    A sample number PADDING gives a row of end-of-text tokens, every target of which is ignored.
+    It is indexed by a whole micro batch of sample numbers (B,), and gives `input_ids`, `labels`, `distance` and
+    `items`, (B, T) int64 each, see `Sample`. A sample number PADDING gives a row of end-of-text tokens, every target of
+    which is ignored.
 
     Args:
         task: makes the samples.
@@ -34,18 +35,22 @@ class SyntheticDataset(Dataset[dict[str, NDArray[np.int64]]]):
     def __getitem__(self, samples: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
         """The batch of these samples (B,)."""
         shape = len(samples), self.seq_len
-        input_ids, labels = np.full(shape, self.task.eos_id), np.full(shape, IGNORED)
+        padding = {"input_ids": self.task.eos_id, "labels": IGNORED, "distance": 0, "items": 0}
+        batch = {name: np.full(shape, value) for name, value in padding.items()}
         for row, i in enumerate(samples):
             if i != PADDING:
-                input_ids[row], labels[row] = self.task.sample(self.seed, self.split, int(i), self.seq_len)
-        return {"input_ids": input_ids, "labels": labels}
+                sample = self.task.sample(self.seed, self.split, int(i), self.seq_len)
+                for name, values in sample._asdict().items():
+                    batch[name][row] = values
+        return batch
 
 
 class SyntheticDataModule(SplitDataModule):
     """Batches of a synthetic task, with exact resume in the middle of an epoch.
 
-    A batch is a dict of `input_ids` and `labels`, (B, T) int64 each; only the answers count as targets. Sample i of a
-    split is a pure function of task, seq_len, seed, split and i. Order and resume are those of `ResumableDataModule`.
+    A batch is a dict of `input_ids` and `labels`, (B, T) int64 each; only the answers count as targets. `distance` and
+    `items` (B, T) beside them tell what made each answer hard, see `Sample`. Sample i of a split is a pure function of
+    task, seq_len, seed, split and i. Order and resume are those of `ResumableDataModule`.
 
     Args:
         task: what to learn.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,9 +19,10 @@ _PROBES = 32
 
 
 class Codec(NamedTuple):
-    """How text becomes ids below `vocab_size`."""
+    """How text becomes ids below `vocab_size`; `locate` tells which token holds each of some characters of a text."""
 
     encode: Callable[[str], Sequence[int]]
+    locate: Callable[[str, Sequence[int]], Sequence[int]]
     vocab_size: int
     eos_id: int
 
@@ -30,10 +31,14 @@ class Codec(NamedTuple):
 def codec(tokenizer: Path | None) -> Codec:
     """That of a tokenizer.json; or UTF-8 bytes, and 256 for the end of text."""
     if tokenizer is None:
-        return Codec(str.encode, 257, 256)
+        return Codec(str.encode, lambda _, characters: characters, 257, 256)  # the texts are ASCII
     loaded = load_tokenizer(tokenizer)
+    encode = partial(loaded.encode, add_special_tokens=False)
     return Codec(
-        lambda text: loaded.encode(text, add_special_tokens=False).ids, loaded.get_vocab_size(), end_of_text_id(loaded)
+        lambda text: encode(text).ids,
+        lambda text, characters: list(map(encode(text).char_to_token, characters)),
+        loaded.get_vocab_size(),
+        end_of_text_id(loaded),
     )
 
 
@@ -133,7 +138,8 @@ class Needles(Task):
             n -= 1
         while self._room(story, noise[: n + 1]) <= seq_len:
             n += 1
-        return fill_up(*self._encoded(story, noise[:n]), self.eos_id, seq_len)
+        said = self._said(story, *self._text(story, noise[:n]))
+        return fill_up(*self._encoded(story, noise[:n]), said, self._count, self.eos_id, seq_len)
 
     @property
     def _count(self) -> int:
@@ -154,19 +160,41 @@ class Needles(Task):
         order = np.argsort(depths, kind="stable")
         return Story(keys, values, depths, order, order if self.variant == "multi_value" else asked)
 
+    @property
+    def _magic(self) -> str:
+        return f"special magic {self.value_kind.removesuffix('s')}"
+
+    def _needle(self, story: Story, i: int) -> str:
+        return f"The {self._magic} for {story.keys[i]} is {story.values[i]}."
+
     def _text(self, story: Story, noise: list[str]) -> tuple[str, str]:
         """Prompt and answer."""
-        magic = f"special magic {self.value_kind.removesuffix('s')}"
         parts, told = [], 0
         for i in story.order:
             place = round(story.depths[i] * len(noise))
-            parts += [*noise[told:place], f"The {magic} for {story.keys[i]} is {story.values[i]}."]
+            parts += [*noise[told:place], self._needle(story, i)]
             told = place
         text = " ".join([*parts, *noise[told:]])
         plural, are = ("s", "are") if len(story.asked) > 1 else ("", "is")
-        asked = f"{magic}{plural} for " + ", ".join(dict.fromkeys(story.keys[i] for i in story.asked))
+        asked = f"{self._magic}{plural} for " + ", ".join(dict.fromkeys(story.keys[i] for i in story.asked))
         prompt = f"{text}\nWhat {are} the {asked}? The {asked} {are}"
         return prompt, " " + ", ".join(story.values[i] for i in story.asked)
+
+    def _said(self, story: Story, prompt: str, answer: str) -> NDArray[np.int64]:
+        """Where in the prompt each token of the answer stands, -1 for those of no value."""
+        encode, locate, *_ = codec(self.tokenizer)
+        in_prompt, firsts, lasts, start = [], [], [], len(" ")
+        for i in story.asked:
+            needle, length = self._needle(story, i), len(story.values[i])
+            in_prompt.append(prompt.index(needle) + len(needle) - len(".") - length)
+            firsts.append(start)
+            lasts.append(start + length - 1)
+            start += length + len(", ")
+        said = np.full(len(encode(answer)), -1)
+        tokens = zip(locate(prompt, in_prompt), locate(answer, firsts), locate(answer, lasts), strict=True)
+        for place, first, last in tokens:
+            said[first : last + 1] = place + np.arange(last + 1 - first)
+        return said
 
     def _encoded(self, story: Story, noise: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         encode = codec(self.tokenizer).encode

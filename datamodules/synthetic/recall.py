@@ -23,6 +23,8 @@ class Recall(Task):
     Attributes:
         vocab_size: ids in all: 0 for the end of text, vocab_size // 2 - 1 keys, and values.
         num_pairs: keys with their values.
+        min_pairs: those of the smallest sample; numbers of pairs are drawn uniformly from here to num_pairs. null for
+            num_pairs always.
         num_queries: keys asked for. null for all.
         power_a: a of the power law above. Small ones ask mostly soon after the pairs, 1 anywhere alike.
         noise: whether random ids stand between the queries, or id 0, as in the paper's experiments.
@@ -33,14 +35,18 @@ class Recall(Task):
 
     vocab_size: int = 8192
     num_pairs: int = 8
+    min_pairs: int | None = None
     num_queries: int | None = None
     power_a: float = 0.01
     noise: bool = True
 
     def __post_init__(self) -> None:
-        check_at_least(1, num_pairs=self.num_pairs, num_queries=self.num_queries)
-        if (self.num_queries or 0) > self.num_pairs:
-            raise ValueError(f"num_queries={self.num_queries} keys cannot be asked for, there are {self.num_pairs}")
+        check_at_least(1, num_pairs=self.num_pairs, min_pairs=self.min_pairs, num_queries=self.num_queries)
+        if (self.min_pairs or 0) > self.num_pairs:
+            raise ValueError(f"min_pairs={self.min_pairs} is above num_pairs={self.num_pairs}")
+        fewest = self.min_pairs or self.num_pairs
+        if (self.num_queries or 0) > fewest:
+            raise ValueError(f"num_queries={self.num_queries} keys cannot be asked for, there are {fewest}")
         if self.vocab_size < 2 * self.num_pairs + 2:
             fix = f"{self.num_pairs} pairs need a vocab_size of at least {2 * self.num_pairs + 2}"
             raise ValueError(f"vocab_size={self.vocab_size} is too small: {fix}")
@@ -55,25 +61,27 @@ class Recall(Task):
     @property
     def min_seq_len(self) -> int:
         """Room for pairs and queries, without the noise behind the last one."""
-        return 2 * (self.num_pairs + self._asked) - 1
-
-    @property
-    def _asked(self) -> int:
-        return self.num_queries or self.num_pairs
+        return 2 * (self.num_pairs + (self.num_queries or self.num_pairs)) - 1
 
     def draw(self, rng: np.random.Generator, seq_len: int) -> Sample:
         """See `Task.draw`."""
-        half, context = self.vocab_size // 2, 2 * self.num_pairs
+        pairs = self.num_pairs
+        if self.min_pairs is not None:
+            pairs = int(rng.integers(self.min_pairs, self.num_pairs, endpoint=True))
+        queries = self.num_queries or pairs
+        half, context = self.vocab_size // 2, 2 * pairs
         all_keys = rng.permutation(np.arange(1, half))
-        keys, others = np.split(all_keys, [self.num_pairs])
-        values = rng.choice(np.arange(half, self.vocab_size), self.num_pairs, replace=False)
+        keys, others = np.split(all_keys, [pairs])
+        values = rng.choice(np.arange(half, self.vocab_size), pairs, replace=False)
         noise = np.concatenate([others, np.arange(half, self.vocab_size)]) if self.noise else [self.eos_id]
         input_ids, labels = rng.choice(noise, seq_len), np.full(seq_len, IGNORED)
+        distance = np.zeros(seq_len, dtype=np.int64)
         input_ids[:context:2], input_ids[1:context:2] = keys, values
 
         slots = np.arange(1, (seq_len - context + 1) // 2 + 1)
         weights = slots ** (self.power_a - 1)
-        places = context + 2 * (rng.choice(slots, self._asked, replace=False, p=weights / weights.sum()) - 1)
-        asked = rng.permutation(self.num_pairs)[: self._asked]
+        places = context + 2 * (rng.choice(slots, queries, replace=False, p=weights / weights.sum()) - 1)
+        asked = rng.permutation(pairs)[:queries]
         input_ids[places], labels[places] = keys[asked], values[asked]
-        return Sample(input_ids, labels)
+        distance[places] = places - (2 * asked + 1)
+        return Sample(input_ids, labels, distance, pairs)

@@ -13,10 +13,20 @@ _STREAMS = {"train": 0, "val": 1, "test": 2}
 
 
 class Sample(NamedTuple):
-    """`input_ids` (T,) int64; `labels` (T,) int64, the answer asked for behind each, -100 where none is."""
+    """A row of a task, and what makes its answers hard.
+
+    Attributes:
+        input_ids: (T,) int64.
+        labels: (T,) int64, the answer asked for behind each token, -100 where none is.
+        distance: (T,) int64, how many tokens back from there the answer stands; 0 where it does not, as for the end of
+            text behind an answer.
+        items: how many things are to be kept in mind: pairs, needles or symbols.
+    """
 
     input_ids: NDArray[np.int64]
     labels: NDArray[np.int64]
+    distance: NDArray[np.int64]
+    items: int
 
 
 class Task(ABC):
@@ -62,10 +72,24 @@ class Task(ABC):
         return self.draw(np.random.default_rng(seeds), seq_len)
 
 
-def fill_up(prompt: NDArray[np.int64], answer: NDArray[np.int64], eos_id: int, seq_len: int) -> Sample:
-    """`prompt`, `answer` and an end of text, which is asked for like the answer; ends of text behind."""
+def fill_up(
+    prompt: NDArray[np.int64], answer: NDArray[np.int64], said: NDArray[np.int64], items: int, eos_id: int, seq_len: int
+) -> Sample:
+    """`prompt`, `answer` and an end of text, which is asked for like the answer; ends of text behind.
+
+    Args:
+        prompt: (P,) tokens.
+        answer: (A,) tokens.
+        said: (A,) where in the prompt each token of the answer stands; -1 where it does not.
+        items: see `Sample`.
+        eos_id: the end of text.
+        seq_len: T, at least P + A.
+    """
     tokens, end = np.full(seq_len + 1, eos_id), len(prompt) + len(answer)
     tokens[:end] = np.concatenate([prompt, answer])
     labels = np.full(seq_len, IGNORED)
     labels[len(prompt) - 1 : end] = tokens[len(prompt) : end + 1]
-    return Sample(tokens[:-1], labels)
+    asking = np.arange(len(prompt) - 1, end - 1)
+    distance = np.zeros(seq_len, dtype=np.int64)
+    distance[asking] = np.where(said >= 0, asking - said, 0)
+    return Sample(tokens[:-1], labels, distance, items)

@@ -13,17 +13,15 @@ from rat.benchmarks.kernel_cases import CASES, EVERY_WIDTH, SHIPPED, Shape
 from rat.benchmarks.kernel_tables import (
     KernelRow,
     TrafficRow,
-    header,
     kernel_lines,
-    line,
     summary_lines,
     traffic_lines,
-    write_block,
 )
 from rat.benchmarks.options import one_of, place, positive
 from rat.benchmarks.report import Report
 from rat.benchmarks.timing import machine
 from rat.benchmarks.traffic import Pass, record
+from rat.markdown import header, line, write_block
 from rat.ops.backend import INTERPRETED, describe_backend
 from rat.ops.launch import Capability, Cost
 from rat.ops.spans import TILE, tiles

@@ -83,7 +83,9 @@ def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None)
 
 
 def _product(rows: int, dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
-    a, b = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+    # of its own, since whoever measures before weights are drawn would change them, by the number of products
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(rows, rows, device=device, generator=generator).to(dtype) for _ in range(2))
     return lambda: a @ b
 
 

@@ -77,7 +77,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path} is damaged, or holds more than tensors and plain data, and none of it was run: "
             f"{reason[1] if reason else 'it cannot be unpickled'}"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is damaged or no PyTorch checkpoint, copy it again: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("task"), dict):
         keys = list(content)[:8] if isinstance(content, dict) else type(content).__name__

@@ -59,7 +59,7 @@ class Attention(Mixer):
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: every key and value, at the slot of its position."""
         weight, dtype = self.in_proj.weight, self.state_dtype()
-        shape = (batch_size, self.num_heads, self._slots(max_length), self.d_head)
+        shape = (batch_size, self.num_heads // self.num_ranks, self._slots(max_length), self.d_head)
         cache = {n: torch.zeros(shape, device=weight.device, dtype=dtype) for n in ("keys", "values")}
         return LayerState.empty(batch_size, weight.device, **cache)
 

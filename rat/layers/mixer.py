@@ -4,18 +4,22 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rat.layers.context_shard import ContextShard
+from rat.layers.linear import Linear
 from rat.layers.state import LayerState
 
 
 class Mixer(nn.Module, ABC):
     """Mixes information along the sequence: (B, T, D) -> (B, T, D), without norm or residual."""
 
-    in_proj: nn.Linear
-    out_proj: nn.Linear
+    in_proj: Linear
+    out_proj: Linear
     # Of `cache_elements`, those of a recurrence, which are fp32 whatever the rest is.
     recurrent_elements = 0
+    # Over which `rat.tensor_parallel` has dealt out the heads. All other numbers here are the whole layer's.
+    num_ranks = 1
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -114,10 +118,15 @@ class GatedMixer(Mixer):
         self.watched = False
         self.gate_logits: Tensor | None = None
 
+    def own_gate_bias(self) -> Tensor:
+        """The bias of the channels of this rank's heads, (D,) where they are not dealt out."""
+        bias = self.gate_bias
+        return bias.to_local().flatten() if self.num_ranks > 1 and isinstance(bias, DTensor) else bias
+
     def watch(self, gate_logits: Tensor) -> None:
         """Keep this pass's gate logits (B, T, D) where someone asked for them; with the bias, which may be sharded
-        among processes and whole during the pass alone."""
-        self.gate_logits = (gate_logits.float() + self.gate_bias.float()).detach() if self.watched else None
+        among processes and whole during the pass alone. Where heads are dealt out, those of this rank's."""
+        self.gate_logits = (gate_logits.float() + self.own_gate_bias().float()).detach() if self.watched else None
 
     def memory_length(self) -> Tensor:
         """1 / (1 - g) of the watched pass, in tokens, (B, T, D) fp32: how far back the gates remember."""

@@ -7,7 +7,7 @@ from rat.layers.context_shard import ContextShard
 from rat.layers.linear import Linear
 from rat.layers.mixer import GatedMixer
 from rat.layers.state import LayerState
-from rat.ops import chunk_attention, chunk_decode, chunk_scan, output_gate, rotary
+from rat.ops import chunk_attention, chunk_attention_weights, chunk_decode, chunk_scan, output_gate, rotary
 from rat.ops.backend import needs_gradient
 
 
@@ -39,12 +39,12 @@ class RAT(GatedMixer):
         """See `Mixer.forward`. A shard begins with a chunk, so that only attention looks beyond it."""
         if shard is not None:
             shard.check(x, document_ids)
-        z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
+        z, v, gate_logits, q, k = self._project(x)
         self.watch(gate_logits)
         (v, k), _ = chunk_scan(
             gate_logits,
             (v, k),
-            gate_bias=self.gate_bias,
+            gate_bias=self.own_gate_bias(),
             chunk_size=self.chunk_size,
             document_ids=document_ids,
         )
@@ -61,6 +61,22 @@ class RAT(GatedMixer):
         )
         return self.out_proj(output_gate(z, mixed.flatten(-2)))
 
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """What `forward` weighs the values at chunk ends and the token's own with, for x (B, T, D) without documents.
+
+        Returns:
+            (B, H, T, E + 1), see `rat.ops.chunk_attention_weights`.
+        """
+        _, _, gate_logits, q, k = self._project(x)
+        (k,), _ = chunk_scan(gate_logits, (k,), gate_bias=self.own_gate_bias(), chunk_size=self.chunk_size)
+        return chunk_attention_weights(
+            self.heads(q), self.heads(k), chunk_size=self.chunk_size, rope_base=self.rope_base
+        )
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Output gate, values, gate logits, queries and keys, (B, T, n * d) each."""
+        return self.in_proj(x).split([width // self.num_ranks for width in self.widths], dim=-1)
+
     def _ends(self, k: Tensor, v: Tensor, shard: ContextShard) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values at the ends of all chunks up to this shard's last, (B, E, H, d) each."""
         chunks, last = shard.chunks(self.chunk_size), slice(self.chunk_size - 1, None, self.chunk_size)
@@ -75,19 +91,20 @@ class RAT(GatedMixer):
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: the chunk ends so far, and the recurrence inside the open chunk (fp32)."""
         device, dtype = self.gate_bias.device, self.state_dtype()
-        ends = (batch_size, self.num_heads, -(-max_length // self.chunk_size), self.d_head)
+        heads = self.num_heads // self.num_ranks
+        ends = (batch_size, heads, -(-max_length // self.chunk_size), self.d_head)
         return LayerState.empty(
             batch_size,
             device,
             end_keys=torch.zeros(ends, device=device, dtype=dtype),
             end_values=torch.zeros(ends, device=device, dtype=dtype),
-            key=torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32),
-            value=torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32),
+            key=torch.zeros(batch_size, heads * self.d_head, device=device, dtype=torch.float32),
+            value=torch.zeros(batch_size, heads * self.d_head, device=device, dtype=torch.float32),
         )
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
         """See `Mixer.step`. One token for every row, with no gradient to keep, takes the short way."""
-        z, v, gate_logits, q, k = self.in_proj(x).split(self.widths, dim=-1)
+        z, v, gate_logits, q, k = self._project(x)
         if x.shape[1] == 1 and lengths is None and not needs_gradient(v, self.gate_bias, *state.tensors.values()):
             mixed = self._decode(v, gate_logits, q, k, state)
         else:
@@ -103,7 +120,7 @@ class RAT(GatedMixer):
             self.heads(q[:, 0]),
             k[:, 0],
             v[:, 0],
-            gate_bias=self.gate_bias,
+            gate_bias=self.own_gate_bias(),
             value_state=state.tensors["value"],
             key_state=state.tensors["key"],
             end_keys=state.tensors["end_keys"],
@@ -123,7 +140,7 @@ class RAT(GatedMixer):
         (v, k), (state.tensors["value"], state.tensors["key"]) = chunk_scan(
             gate_logits,
             (v, k),
-            gate_bias=self.gate_bias,
+            gate_bias=self.own_gate_bias(),
             chunk_size=self.chunk_size,
             initial_state=(state.tensors["value"], state.tensors["key"]) if begun else None,
             offset=state.lengths if begun else None,

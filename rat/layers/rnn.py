@@ -35,7 +35,7 @@ class RNN(GatedMixer):
             shard.check(x, document_ids)
             arriving = (self._arriving(gate_logits, v, shard),)
         (v,), _ = gated_scan(
-            gate_logits, (v,), gate_bias=self.gate_bias, initial_state=arriving, document_ids=document_ids
+            gate_logits, (v,), gate_bias=self.own_gate_bias(), initial_state=arriving, document_ids=document_ids
         )
         return self.out_proj(output_gate(z, v))
 
@@ -45,8 +45,8 @@ class RNN(GatedMixer):
         A shard turns the state s that arrives into kept * s + left, so ranks need not wait for each other: they scan
         from zero, exchange these two vectors, and scan again from what they add up to.
         """
-        _, (left,) = gated_scan(gate_logits, (v,), gate_bias=self.gate_bias)
-        kept = F.logsigmoid(gate_logits.to(left.dtype) + self.gate_bias).sum(1).exp()
+        _, (left,) = gated_scan(gate_logits, (v,), gate_bias=self.own_gate_bias())
+        kept = F.logsigmoid(gate_logits.to(left.dtype) + self.own_gate_bias()).sum(1).exp()
         earlier = shard.before(torch.stack([kept, left], dim=1)[:, None], range(shard.num_ranks + 1))
         state = earlier[:, :0].sum((1, 2))  # zero, and the first rank takes part in the backward all the same
         for rank in range(shard.rank):
@@ -56,7 +56,7 @@ class RNN(GatedMixer):
     def new_state(self, batch_size: int, max_length: int = 0) -> LayerState:
         """See `Mixer.new_state`: one vector a row, in fp32."""
         device = self.gate_bias.device
-        value = torch.zeros(batch_size, self.d_model, device=device, dtype=torch.float32)
+        value = torch.zeros(batch_size, self.d_model // self.num_ranks, device=device, dtype=torch.float32)
         return LayerState.empty(batch_size, device, value=value)
 
     def step(self, x: Tensor, state: LayerState, lengths: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class RNN(GatedMixer):
         (v,), (state.tensors["value"],) = gated_scan(
             gate_logits,
             (v,),
-            gate_bias=self.gate_bias,
+            gate_bias=self.own_gate_bias(),
             initial_state=(state.tensors["value"],),
             lengths=lengths,
         )

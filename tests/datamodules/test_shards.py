@@ -38,6 +38,14 @@ def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, dtype: str) ->
     assert read(TokenShards(tmp_path / "a" / "shard-00001.bin"), [0], 4) == [[4, 5, 6, 7]]
 
 
+def test_a_checksum_tells_contents_apart(tmp_path: Path) -> None:
+    one, same = (write(tmp_path / name, [*range(10)]).checksum for name in "ab")
+    assert one is not None
+    assert one == same != write(tmp_path / "c", [*range(9), 0]).checksum
+    (tmp_path / "a" / "index.json").unlink()
+    assert TokenShards(tmp_path / "a").checksum is None
+
+
 def test_a_pickle_does_not_carry_the_tokens(tmp_path: Path) -> None:
     shards = write(tmp_path / "a", [1] * 50_000, shard_tokens=50_000)
     read(shards, [0], 2)

@@ -1,7 +1,3 @@
-import hashlib
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -61,53 +57,6 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "b.json")
     with pytest.raises(ValueError, match="vocab_size=256 is too small"):
         train_tokenizer(TEXTS, 256)
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A hub that serves the files of a folder, as far as a download asks."""
-
-    folder: Path
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        content = self._answer()
-        self.wfile.write(content)
-
-    def _answer(self) -> bytes:
-        file = self.folder / self.path.rpartition("/resolve/main/")[2]
-        if not file.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return b""
-        content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        return content
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder that a hub on this machine serves as the repository some/model."""
-    folder = tmp_path / "hub"
-    folder.mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Serving", (Hub,), {"folder": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    yield folder
-    server.shutdown()
-    server.server_close()
 
 
 def test_a_tokenizer_comes_from_the_hub_by_its_name(hub: Path, tmp_path: Path) -> None:

@@ -144,6 +144,15 @@ def test_a_run_does_not_go_on_with_another_tokenizer(tmp_path: Path) -> None:
     first.load_state_dict(state)
     with pytest.raises(ValueError, match="trained with tokenizer_sha256=aaa"):
         second.load_state_dict(state)
+    raw = tmp_path / "raw.bin"
+    np.array([1, 2, 3, 4, 5], dtype="<u2").tofile(raw)
+    third = TokenDataModule(train_path=raw, val_path=raw, vocab_size=9, seq_len=2, batch_size=2)
+    with pytest.raises(ValueError, match=r"trained with tokenizer_sha256=aaa.*, this run has unknown: resume with"):
+        third.load_state_dict(state)
+    del state["tokenizer_sha256"]
+    third.load_state_dict(state)
+    with pytest.raises(ValueError, match="trained with tokenizer_sha256=unknown, this run has aaa"):
+        first.load_state_dict(state)
 
 
 def test_the_tokenizer_lies_beside_the_shards(counting: Make) -> None:

@@ -89,6 +89,29 @@ def test_metrics_start_anew_with_every_validation() -> None:
         assert metrics["val/accuracy"] == pytest.approx(expected)
 
 
+def test_accuracy_is_told_apart_by_octaves_of_a_number() -> None:
+    """Right: 1, 2, 4 of the first row, both of the last, and the one of the second batch. 0 belongs to no octave."""
+    first = FIRST | {"distance": torch.tensor([[1, 3, 4, 0], [9, 9, 9, 9], [0, 5, 0, 8]])}
+    second = SECOND | {"distance": torch.tensor([[0, 0, 0, 4], [7] * 4, [7] * 4])}
+    (metrics,) = trainer().validate(echoing(accuracy_by=["distance"]), Data([first, second]), verbose=False)
+    told = {name: value for name, value in metrics.items() if "_by_" in name}
+    assert told == {
+        "val/accuracy_by_distance/1": 1.0,
+        "val/accuracy_by_distance/4": pytest.approx(2 / 3),
+        "val/accuracy_by_distance/8": 1.0,
+    }
+    assert metrics["val/accuracy"] == pytest.approx(6 / 7)
+
+
+def test_accuracy_by_what_the_batches_do_not_have_is_refused_in_the_first_step() -> None:
+    module = echoing(accuracy_by=["distance", "items"])
+    module._trainer = trainer()
+    with pytest.raises(ValueError, match="accuracy_by names items, but the batches hold input_ids, labels, distance"):
+        module.training_step(FIRST | {"distance": FIRST["labels"]}, 0)
+    with pytest.raises(ValueError, match="not measured: set accuracy to true"):
+        LanguageModel(CONFIG, accuracy_by=["distance"])
+
+
 def test_without_accuracy_only_the_loss_is_measured() -> None:
     plain = LanguageModel(CONFIG)
     plain.model = echoing().model
@@ -199,5 +222,6 @@ def test_scores_count_the_likeliest_token_as_right() -> None:
     expected = F.cross_entropy(logits.double(), torch.tensor([1, 2, 2]), reduction="none")
     torch.testing.assert_close(scores.nll, torch.stack([expected[:2].mean(), expected[2]]), rtol=1e-6, atol=0)
     assert (scores.tokens.tolist(), scores.right.tolist()) == ([2, 1], [1, 1])
+    assert scores.hits.tolist() == [True, False, True]
     apart = sequence_scores(logits, labels, torch.tensor([[4, 4, 9], [0, 0, 4]]))
     assert (apart.tokens.tolist(), apart.right.tolist()) == ([1, 1, 1], [1, 0, 1])

@@ -1,5 +1,6 @@
 """What replaces something is whole, or what it replaces is still there: killed before every call that changes names."""
 
+import errno
 import os
 import shutil
 import signal
@@ -74,6 +75,35 @@ def test_there_is_always_a_whole_one(tmp_path: Path, before: str, after: str) ->
     assert call > 2
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_named_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def watch(name: str, where: Callable[[Any], Path]) -> None:
+        original = getattr(os, name)
+
+        def watched(place: Any, *args: Any) -> None:
+            calls.append((name, str(where(place).relative_to(tmp_path))))
+            original(place, *args)
+
+        monkeypatch.setattr(os, name, watched)
+
+    path = tmp_path / "last.ckpt"
+    write(path, kind, "old")
+    watch("fsync", lambda handle: Path(os.readlink(f"/proc/self/fd/{handle}")))
+    for name in ("rename", "replace", "unlink"):
+        watch(name, Path)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: calls.append(("rmtree", folder.name)))
+    with replacing(path) as partial:
+        write(partial, kind, "new")
+    content = [partial.name] if kind == "file" else [f"{partial.name}/{name}" for name in ("one", "two")]
+    first = calls[: calls.index(("replace", partial.name))]
+    assert {name for call, name in first if call == "fsync"} == {*content, partial.name}
+    then = calls[len(first) + 1 :]
+    assert then[0] == ("fsync", "."), "the new name, before the old content goes"
+    assert (("rename", "last.previous.ckpt") in then) == (kind == "folder")
+
+
 def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write(path, "folder", "old")
@@ -81,9 +111,9 @@ def test_what_fails_changes_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     def fill_the_disk() -> None:
         with replacing(path) as partial:
             write(partial, "folder", "half")
-            raise OSError("full")
+            raise OSError(errno.ENOSPC, "full")
 
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match=rf"full: '{path}'"):
         fill_the_disk()
     assert read(path) == {"old"}
     assert list(tmp_path.iterdir()) == [path]

@@ -1,5 +1,6 @@
 """Steps that would spoil the model: found, left out or stopped at, and made again from what was saved."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_a_skipped_step_leaves_weights_and_optimiser_as_they_were(
     assert {float(state["step"]) for state in after[2]["moments"]} == {2.0}
     assert trainer.global_step == 3
     assert logged("train/skipped_steps") == [0, 1, 1]
-    assert logged("train/grad_norm")[1] == 0
+    assert [math.isnan(norm) for norm in logged("train/grad_norm")] == [False, True, False]
     assert len(logged("train/loss")) == 3
 
 

@@ -92,6 +92,21 @@ def test_throughput_is_in_tokens_and_model_flops(
     assert logged("train/device/mfu") == pytest.approx([flops / 1e6] * 4)
 
 
+def test_devices_that_share_rows_share_what_is_counted_of_them() -> None:
+    options = {"available_flops": 1000, "world_size": 4, "window_size": 2}
+    shared, alone = (callbacks._OfOneDevice(sharing=sharing, **options) for sharing in (2, 1))
+    for rates in (shared, alone):
+        for i in (1, 2):
+            rates.update(time=float(i), batches=i, samples=i, lengths=10 * i, flops=600)
+    found, usual = shared.compute(), alone.compute()
+    assert (found["device/items_per_sec"], found["items_per_sec"], found["device/mfu"]) == (5, 20, 0.3)
+    assert (found["samples_per_sec"], found["flops_per_sec"]) == (2, 1200)
+    assert {name: found[name] for name in ("time", "batches", "samples", "lengths")} == {
+        "time": 2, "batches": 2, "samples": 2, "lengths": 20,
+    }  # fmt: skip
+    assert usual["device/items_per_sec"] == 10
+
+
 def test_the_rate_of_a_matrix_product_stands_in_for_an_unknown_peak(make_trainer: Make, config: ModelConfig) -> None:
     monitor, trainer = Throughput(), make_trainer(precision="bf16-mixed")
     trainer.state.stage = "train"
@@ -152,6 +167,13 @@ def test_histograms_can_be_read_back(config: ModelConfig, ragged: Data, make_tra
     events.Reload()
     assert events.Tags()["histograms"] == ["memory_length/layer_00"]
     assert [event.step for event in events.Histograms("memory_length/layer_00")] == [0, 2]
+    means, medians = (events.Scalars(f"memory_length_{name}/layer_00") for name in ("mean", "median"))
+    for event, mean, median in zip(events.Histograms("memory_length/layer_00"), means, medians, strict=True):
+        found = event.histogram_value
+        assert (mean.step, median.step) == (event.step, event.step)
+        assert mean.value == pytest.approx(found.sum / found.num, rel=1e-5)
+        below = sum(n for limit, n in zip(found.bucket_limit, found.bucket, strict=True) if limit < median.value)
+        assert below <= found.num / 2 <= below + max(found.bucket)
     for event in events.Histograms("memory_length/layer_00"):
         assert event.histogram_value.num == 12 * config.d_model
         assert 1 < event.histogram_value.min < event.histogram_value.max <= 12

@@ -117,7 +117,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, gate: th
 def test_a_background_save_that_fails_is_told_and_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = threading.Event()
+
     def disk_is_full() -> None:
+        asked.wait(10)
         raise OSError("no space left")
 
     path, io = tmp_path / "1.ckpt", BackgroundCheckpointIO()
@@ -126,6 +129,7 @@ def test_a_background_save_that_fails_is_told_and_keeps_the_old_one(
     monkeypatch.setattr(torch, "save", broken_save(disk_is_full))
     io.save_checkpoint({"value": 2}, tmp_path / "2.ckpt")
     io.remove_checkpoint(path)
+    asked.set()
     with pytest.raises(OSError, match="no space"):
         io.teardown()
     assert_whole(path, 1)

@@ -23,13 +23,14 @@ Logged = Callable[[str], list[float]]
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, num_layers=1, num_heads=2, pattern=["rat"], chunk_size=4, max_seq_len=16
 )
+ALL = (*SIGNALS, signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)
 def _own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in ALL}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -39,12 +40,13 @@ def _own_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Kill(Callback):
     """This process gets a signal while it trains on a micro batch; afterwards, the steps that were seen."""
 
-    def __init__(self, number: int = signal.SIGTERM, at: int = -1) -> None:
-        self.number, self.at, self.seen = number, at, []
+    def __init__(self, number: int = signal.SIGTERM, at: int = -1, times: int = 1) -> None:
+        self.number, self.at, self.times, self.seen = number, at, times, []
 
     def on_before_backward(self, trainer: Trainer, pl_module: LanguageModel, loss: torch.Tensor) -> None:
         if trainer.fit_loop.epoch_loop.batch_idx == self.at:
-            os.kill(os.getpid(), self.number)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self.seen.append((trainer.fit_loop.epoch_loop.batch_idx, trainer.global_step))
@@ -70,7 +72,7 @@ def saved_step(tmp_path: Path) -> int:
     return torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ALL)
 @pytest.mark.parametrize(("micro_batch", "step"), [(4, 3), (5, 3), (11, 6)])
 def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     fit: Any, tmp_path: Path, number: int, micro_batch: int, step: int
@@ -105,6 +107,20 @@ def test_a_second_signal_does_not_cut_the_end_short(fit: Any) -> None:
         os.kill(os.getpid(), number)
 
 
+def test_ctrl_c_again_ends_at_once(
+    fit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Preempted):
+        fit(Preemption(), Kill(signal.SIGINT, 1, times=2))  # what torchrun passes on comes at once
+    assert saved_step(tmp_path) == 1
+    assert capfd.readouterr().err.count("Ctrl-C again ends at once, without saving") == 1
+    monkeypatch.setattr(preemption, "_PATIENCE", 0)
+    with pytest.raises(SystemExit) as stop:
+        fit(Preemption(), Kill(signal.SIGINT, 3, times=2))
+    assert not isinstance(stop.value, Preempted)
+    assert saved_step(tmp_path) == 1
+
+
 def test_the_step_it_stops_at_is_logged(fit: Any, logged: Logged) -> None:
     with pytest.raises(Preempted):
         fit(Preemption(), Kill(at=3))
@@ -128,9 +144,9 @@ def test_the_checkpoint_is_that_of_the_step_wherever_the_callback_stands(fit: An
 
 
 def test_signals_are_given_back(fit: Any) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in ALL]
     fit(Preemption())
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in ALL] == before
 
     class Fail(Callback):
         def on_train_start(self, *_: Any) -> None:
@@ -138,7 +154,7 @@ def test_signals_are_given_back(fit: Any) -> None:
 
     with pytest.raises(RuntimeError, match="anything"):
         fit(Preemption(), Fail(), max_steps=7)
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in ALL] == before
 
 
 def test_something_has_to_save(make_trainer: Make, random_shards: Path) -> None:
@@ -226,7 +242,7 @@ def test_the_end_of_the_job(commands: Any) -> None:
 
 
 def test_of_an_array_one_task_is_requeued(commands: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = commands("RUNNING")
+    calls = commands("RUNNING 0")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert slurm.requeue()
@@ -234,13 +250,22 @@ def test_of_an_array_one_task_is_requeued(commands: Any, monkeypatch: pytest.Mon
 
 
 def test_a_cancelled_job_is_not_requeued(commands: Any) -> None:
-    calls = commands("COMPLETING")
+    calls = commands("COMPLETING 0")
     assert not slurm.requeue()
     assert "scontrol" not in calls.read_text()
 
 
+def test_what_slurm_has_requeued_itself_is_left_alone(commands: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = commands("COMPLETING 3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert slurm.requeue()
+    assert "scontrol" not in calls.read_text()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    assert not slurm.requeue()
+
+
 def test_a_requeue_that_fails_is_told(commands: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands("RUNNING", status=1)
+    commands("RUNNING 0", status=1)
     with pytest.warns(UserWarning, match="scontrol requeue 7: no such job"):
         assert not slurm.requeue()
     monkeypatch.setenv("PATH", "/nowhere")

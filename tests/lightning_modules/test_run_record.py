@@ -1,6 +1,7 @@
 """What a run leaves in its folder, however it ends."""
 
 import json
+import subprocess
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_a_finished_run(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     (start,) = summary["starts"]
     assert (start["first_step"], start["last_step"]) == (0, 3)
     assert start["environment"]["torch"] == torch.__version__
+    assert start["environment"]["threads"] == torch.get_num_threads()
+    assert start["data"] is None, "these samples come from no shards"
     assert (start["environment"]["world_size"], start["environment"]["slurm_job"]) == (1, "17")
 
 
@@ -173,12 +176,23 @@ def test_code_is_known_by_version_and_commit(tmp_path: Path, monkeypatch: pytest
         run_folder.code_version.cache_clear()
         return run_folder.code_version()
 
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=b"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
     monkeypatch.setattr(run_folder, "_ROOT", tmp_path)
     assert code() == {"package": "0.1.0", "commit": None, "dirty": None}
-    (tmp_path / ".git").mkdir()
-    answers = {"rev-parse": "abc", "status": " M some.py"}
-    monkeypatch.setattr(run_folder, "_git", lambda command, *_: answers[command])
-    assert code() == {"package": "0.1.0", "commit": "abc", "dirty": True}
-    answers["status"] = ""
-    assert code()["dirty"] is False
+    for name in ("rat.py", "docs/table.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    (tmp_path / "new.py").write_text("")
+    (tmp_path / "docs/table.md").write_text("2")
+    assert code() == {"package": "0.1.0", "commit": commit, "dirty": False}
+    (tmp_path / "rat.py").write_text("2")
+    assert code()["dirty"] is True
     run_folder.code_version.cache_clear()

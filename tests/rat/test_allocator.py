@@ -36,5 +36,4 @@ def page_faults(mode: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_freed_memory_is_used_again() -> None:
     kept, given_back = page_faults("keep"), page_faults("default")
-    assert given_back > 1000
-    assert kept < given_back / 10
+    assert given_back > 100 + 2 * kept

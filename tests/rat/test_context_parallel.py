@@ -103,7 +103,8 @@ def on_ranks(rank: int, num_ranks: int, store: str, checks: list[str]) -> None:
 
 
 def spawn(tmp_path: Path, num_ranks: int, *checks: str) -> None:
-    torch.multiprocessing.spawn(on_ranks, (num_ranks, str(tmp_path / "store"), list(checks)), nprocs=num_ranks)
+    args = (num_ranks, str(tmp_path / "store"), list(checks))
+    torch.multiprocessing.start_processes(on_ranks, args, nprocs=num_ranks, start_method="forkserver")
 
 
 def results(case: Case, shard: ContextShard | None = None) -> dict[str, Tensor]:

@@ -121,6 +121,19 @@ def test_a_row_that_ends_stops_alone(model: CausalLM, monkeypatch: pytest.Monkey
     assert stream == [[text[n] if n < len(text) else None for text in expected] for n in range(12)]
 
 
+def test_a_row_is_stopped_by_what_the_caller_sees(rat: CausalLM) -> None:
+    free = rat.generate(PROMPTS, max_new_tokens=9)
+    made = [0] * len(PROMPTS)
+
+    def stop(row: int, token: int) -> bool:
+        assert token == free[row][made[row]]
+        made[row] += 1
+        return made[row] > row
+
+    assert rat.generate(PROMPTS, max_new_tokens=9, stop=stop) == [text[: row + 1] for row, text in enumerate(free)]
+    assert made == [1, 2, 3, 4, 5, 6]
+
+
 def test_generation_ends_with_its_last_row(rat: CausalLM) -> None:
     text = rat.generate([PROMPTS[1]], max_new_tokens=12)[0]
     eos = text[2]

@@ -46,6 +46,29 @@ def test_steps_of_one_token_and_of_many_equal_the_full_pass(
         assert [part.lengths.tolist() for part in state] == [[14, 14]] * len(model.layers)
 
 
+@torch.no_grad()
+def test_scores_of_chosen_positions_are_those_of_the_full_pass(
+    model: CausalLM, random_ids: Callable[..., Tensor], assert_close: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rat.model.SCORED_LOGITS", 3 * 40)  # three positions at a time
+    ids, targets = random_ids(3, 14), random_ids(3, 14, seed=1)
+    full = model(ids).log_softmax(-1)
+    targets[0] = full[0].argmax(-1)
+    targets[:, ::3] = -100
+    asked = targets != -100
+    expected = full.gather(2, targets.clamp(min=0)[..., None]).squeeze(-1).masked_fill(~asked, 0)
+    state = model.new_state(3, 14)
+    pieces = zip(ids.split([5, 1, 8], dim=1), targets.split([5, 1, 8], dim=1), strict=True)
+    scores = [model.score(piece, target, state) for piece, target in pieces]
+    assert_close(torch.cat([likelihood for likelihood, _ in scores], dim=1), expected)
+    assert torch.equal(torch.cat([hit for _, hit in scores], dim=1), (full.argmax(-1) == targets) | ~asked)
+    nothing = model.score(ids, torch.full_like(ids, -100), model.new_state(3))
+    assert not nothing[0].any()
+    assert nothing[1].all()
+    with pytest.raises(ValueError, match=r"targets \(3, 2\) do not fit input_ids \(3, 14\)"):
+        model.score(ids, targets[:, :2], state)
+
+
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(pieces=st.lists(st.tuples(*[st.integers(1, 7)] * 3), min_size=1, max_size=4), seed=st.integers(0, 999))
 @torch.no_grad()

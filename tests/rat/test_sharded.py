@@ -64,4 +64,5 @@ def shard_and_compare(rank: int, backend: Backend) -> None:
 
 
 def test_sharded_and_recomputed_layers_have_the_gradients_of_whole_ones(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path / "store"),), nprocs=2)
+    store = str(tmp_path / "store")
+    torch.multiprocessing.start_processes(one_of_two, (store,), nprocs=2, start_method="forkserver")

@@ -1,11 +1,17 @@
 """The command line in this process, and a config that trains in a second."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import sentencepiece
+import torch
+from tokenizers import Tokenizer
 
+from datamodules.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
+from rat import CausalLM, ModelConfig
 from rat_cli.main import main
 
 TINY = """
@@ -75,3 +81,29 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 def tiny(write: Callable[..., Path], random_shards: Path, tmp_path: Path) -> Path:
     """A whole config for fit on random shards; its run is run/tiny in tmp_path."""
     return write(TINY.format(folder=tmp_path, data=random_shards), "tiny.yaml")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder of save_pretrained with its tokenizer; weights so large that every token leaves its trace."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=300, d_model=16, num_layers=2, num_heads=2, chunk_size=4, max_seq_len=32, init_std=0.4
+    )
+    CausalLM(config).save_pretrained(tmp_path / "model")
+    train_tokenizer(["some words and more words of some text ä"] * 9, 280).save(str(tmp_path / "model/tokenizer.json"))
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A SentencePiece tokenizer that falls back on bytes and puts a space before every text."""
+    folder, model = tmp_path_factory.mktemp("llama"), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words and more words"] * 20), model_writer=model, vocab_size=280,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    save_tokenizer(folder / "tokenizer.model", folder / "tokenizer.json")
+    return load_tokenizer(folder)

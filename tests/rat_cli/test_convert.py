@@ -120,9 +120,15 @@ def test_other_files_are_refused(cli: Cli, last: Path, tmp_path: Path) -> None:
 
     assert "not found" in says(tmp_path / "none.ckpt")
     model = last.parents[1] / "model"
-    assert says(model) == f"error: {model} is a model already, and holds no state of training: give a .ckpt"
+    assert convert(cli, model, tmp_path / "start.ckpt", "file").code == 0
+    for source in (model, tmp_path / "start.ckpt"):
+        assert says(source, "shards") == f"error: {source} has no optimiser to be put into shards: take --to file"
+    assert "--architecture is for a released .pth" in says(last, "model", "--architecture.num_heads", "2")
     (tmp_path / "half.ckpt").write_bytes(last.read_bytes()[:1000])
     assert "half.ckpt is damaged or no checkpoint: copy it again" in says(tmp_path / "half.ckpt")
+    for name in ("text.ckpt", "text.pth"):
+        (tmp_path / name).write_text("Return the\nA list of\n")
+        assert f"{name} is damaged or no " in says(tmp_path / name)
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     assert "other.ckpt was not written by cli.py fit: it holds no model_config" in says(tmp_path / "other.ckpt")
     assert "there is no tokenizer none.json" in says(last, "model", "--tokenizer", "none.json")

@@ -11,10 +11,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from datamodules.tokenizer import load_tokenizer, train_tokenizer
+from datamodules.shards import ShardWriter
+from datamodules.tokenizer import load_tokenizer
 from lightning_modules import LanguageModel
-from rat import CausalLM, ModelConfig, ops
-from rat_cli.generate import decoded
+from rat import CausalLM, ops
+from rat_cli.convert import convert
+from rat_cli.text_stream import decoded
 
 Cli = Callable[..., Any]
 RELEASED = Path(__file__).parents[1] / "golden" / "rat" / "released_layout.pth"
@@ -22,16 +24,6 @@ CASE = json.loads(RELEASED.with_name("case.json").read_text())["config"]
 TOLD = {"num_heads": CASE["d_model"] // CASE["d_head"], "chunk_size": CASE["chunk_size"]}
 TELL = ["--architecture", json.dumps(TOLD)]
 GREEDY = ["--temperature", "0", "--max_new_tokens", "8", "--stop_at_end_of_text", "false"]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A folder of save_pretrained with its tokenizer."""
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=300, d_model=16, num_layers=2, num_heads=2, chunk_size=4, max_seq_len=32)
-    CausalLM(config).save_pretrained(tmp_path / "model")
-    train_tokenizer(["some words and more words of some text ä"] * 9, 280).save(str(tmp_path / "model/tokenizer.json"))
-    return tmp_path / "model"
 
 
 def expected(folder: Path, *prompts: str, count: int = 8) -> list[str]:
@@ -59,6 +51,32 @@ def test_a_checkpoint_of_training_gives_the_same(cli: Cli, saved: Path, tmp_path
     options = ["--tokenizer", saved / "tokenizer.json", "--prompt", "some words", *GREEDY]
     result = cli("generate", "--checkpoint", tmp_path / "last.ckpt", *options)
     assert (result.code, result.out) == (0, expected(saved, "some words")[0] + "\n")
+
+
+def test_a_model_of_the_hub_brings_its_tokenizer(cli: Cli, saved: Path, hub: Path) -> None:
+    shutil.copytree(saved, hub, dirs_exist_ok=True)
+    result = cli("generate", "--checkpoint", "some/model", "--prompt", "some words", *GREEDY)
+    assert (result.code, result.out) == (0, expected(saved, "some words")[0] + "\n")
+
+
+@pytest.mark.parametrize("form", ["file", "shards"])
+def test_the_tokenizer_is_that_of_the_runs_data(cli: Cli, tiny: Path, tmp_path: Path, form: Any, saved: Path) -> None:
+    data = tmp_path / "data"
+    vocabulary = Tokenizer(models.BPE({**{chr(97 + i): i for i in range(20)}, "</s>": 20}, []))
+    options = ["--data.init_args.path", data, "--data.init_args.seq_len", "8"]
+    for split in ("train", "val"):
+        with ShardWriter(data / split, vocab_size=64, eos_id=20) as writer:
+            writer.write([i % 20 for i in range(100)])
+    assert cli("fit", "--config", tiny, *options).code == 0
+    checkpoint = tmp_path / "run" / "tiny" / "checkpoints" / "last.ckpt"
+    if form == "shards":
+        convert(checkpoint, whole := checkpoint.with_name("shards.ckpt"), form)
+        checkpoint = whole
+    told = ["generate", "--checkpoint", checkpoint, "--prompt", "abc", *GREEDY]
+    result = cli(*told)
+    assert (result.code, f"no tokenizer.json in {checkpoint.parent}, {data}: give" in result.err) == (1, True)
+    vocabulary.save(str(data / "tokenizer.json"))
+    assert cli(*told).out == cli(*told, "--tokenizer", data).out != ""
 
 
 def test_a_released_file_generates(cli: Cli, tmp_path: Path) -> None:
@@ -127,7 +145,7 @@ def test_the_backend_is_chosen(cli: Cli, saved: Path, monkeypatch: pytest.Monkey
         ({"--checkpoint": "{saved}/config.json", "--tokenizer": "{saved}"}, "config.json is damaged"),
         ({"--checkpoint": "{half}", "--tokenizer": "{saved}"}, "half.ckpt is damaged or no checkpoint"),
         ({"--checkpoint": "{foreign}", "--tokenizer": "{saved}"}, "holds no model_config"),
-        ({"--checkpoint": "{bare}"}, "holds no tokenizer.json: give --tokenizer FILE"),
+        ({"--checkpoint": "{bare}"}, "no tokenizer.json in {bare}: give --tokenizer FILE"),
         ({"--tokenizer": "none.json"}, "none.json does not exist"),
         ({"--tokenizer": "{saved}/config.json"}, "is not a tokenizer.json"),
         (
@@ -136,7 +154,7 @@ def test_the_backend_is_chosen(cli: Cli, saved: Path, monkeypatch: pytest.Monkey
         ),
         ({"--checkpoint": str(RELEASED), "--tokenizer": "{saved}"}, "does not tell its num_heads, chunk_size"),
         ({"--prompt": ""}, "a prompt is empty"),
-        ({"--prompt": None}, "nothing to continue: give --prompt 'Some text' or --prompts_file FILE"),
+        ({"--prompt": None}, "nothing to continue: give --prompt 'Some text', --prompts_file FILE or --interactive"),
         ({"--prompts_file": "none.txt"}, "none.txt"),
         ({"--temperature": "-1"}, "temperature must be at least 0"),
         ({"--top_k": "0"}, "top_k must be at least 1"),
@@ -165,4 +183,4 @@ def test_bad_input_is_one_line(
     assert result.code == 1
     assert result.err.startswith("error: ")
     assert len(result.err.splitlines()) == 1
-    assert message in result.err
+    assert fill(message) in result.err

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rat import CausalLM, ModelConfig
+from rat.context_parallel import bytes_per_token, ring_attention_bytes_per_token
 from rat_cli.info import InfoCLI, gpu_hours
 from rat_cli.lightning import RatCLI
 from rat_cli.plan import Plan, read_plan
@@ -97,6 +98,28 @@ def test_strategies_are_read_from_their_files() -> None:
     assert exact.param_dtype == torch.float32
 
 
+def test_devices_that_share_rows_share_the_global_batch() -> None:
+    shared = read("--strategy", "context_parallel", "--trainer.strategy.init_args.tensor_parallel_size=2", devices=16)
+    assert shared.step.sharding is not None
+    assert (shared.step.sharding.shards, shared.step.sharding.context_parallel) == (8, 2)
+    assert (shared.data_parallel, shared.global_batch_size) == (4, 512)
+    assert shared.step.accumulating
+
+
+def test_info_tells_the_traffic_of_rows_that_are_shared(cli: Cli, tiny: Path) -> None:
+    options = ("--strategy", "context_parallel", "--devices", "4", "--model.model.chunk_size", "4")
+    plan = read_plan(InfoCLI([str(option) for option in ("--config", tiny, *options)]).config, devices=4)
+    sent, ring = bytes_per_token(plan.model, 16, 2, 4), ring_attention_bytes_per_token(plan.model, 2, 4)
+    assert plan.data_parallel == 2
+    result = cli("info", "--config", tiny, *options)
+    assert result.code == 0, result.err
+    assert f"{sent / 1024:,.4g} KiB for each token of a row (ring attention in all layers: {ring / 1024:,.4g}" in (
+        result.out
+    )
+    again = cli("info", "--config", tiny, *options, "--model.activation_checkpointing", "true")
+    assert f"{1.5 * sent / 1024:,.4g} KiB for each token of a row" in again.out
+
+
 def test_a_run_whose_length_is_the_datas_has_no_cost(cli: Cli, tiny: Path) -> None:
     options = ("--config", tiny, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
     assert "its length is the data's" in cli("info", *options).out
@@ -106,7 +129,7 @@ def test_a_run_whose_length_is_the_datas_has_no_cost(cli: Cli, tiny: Path) -> No
     ("options", "message"),
     [
         (("--devices", "0"), "devices and batch_size must be at least 1, got 0"),
-        (("--strategy", "zero3"), "there is no strategy 'zero3': choose one of ddp, fsdp, fsdp2"),
+        (("--strategy", "zero3"), "there is no strategy 'zero3': choose one of context_parallel, ddp, fsdp, fsdp2"),
         (("--strategy", "single", "--trainer.strategy", "single_device", "--devices", "2"), "choose --strategy ddp"),
         (("--trainer.strategy", "deepspeed"), "the strategy deepspeed is not counted: choose single, ddp, fsdp"),
         (("--trainer.precision", "bf16-true"), "training in bf16-true is not counted: choose one of 32-true"),
@@ -114,6 +137,18 @@ def test_a_run_whose_length_is_the_datas_has_no_cost(cli: Cli, tiny: Path) -> No
         (("--device_memory_gb", "1e-6"), "one sequence of 16 tokens takes 0.00 GB of a device, and there are 1e-06"),
         (("--mfu", "0"), "mfu must be above 0, got 0"),
         (("--strategy", "fsdp2", "--trainer.strategy.init_args.replicas", "2"), "2 copies of the model do not divide"),
+        (
+            ("--strategy", "context_parallel"),
+            "context_parallel_size 2 x tensor_parallel_size 1 do not divide 1 devices",
+        ),
+        (
+            ("--strategy", "context_parallel", "--devices", "2", "--model.model.chunk_size", "16"),
+            "rows of 16 tokens are 1 chunks of 16, and 2 ranks need one each",
+        ),
+        (
+            ("--strategy", "tensor_parallel", "--devices", "2", "--model.model.num_groups", "1"),
+            "2 tensor-parallel ranks do not divide num_groups 1",
+        ),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """fit, validate, test and predict from the command line, and what goes wrong with their files."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from rat import CausalLM
 from rat_cli.lightning import RatCLI
@@ -150,8 +152,18 @@ def test_predictions_are_a_line_for_each_sequence(cli: Cli, tiny: Path, run: Pat
     assert len(rows) == 31  # the samples of 16 tokens, not the one of padding behind them
     shown = cli("validate", "--config", tiny, "--ckpt_path", "last").out
     mean = sum(row["nll"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
-    loss = next(line for line in shown.splitlines() if "val/loss" in line).split()[1]
-    assert float(loss) == pytest.approx(mean, rel=1e-5)
+    loss = re.search(r"val/loss[\s│]*([\d.]+)", shown)  # between lines where the package `rich` draws the table
+    assert float(loss[1]) == pytest.approx(mean, rel=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_progress_bar_is_the_same_whatever_is_installed(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    made, make = [], RatCLI._instantiate_trainer
+    monkeypatch.setattr(RatCLI, "_instantiate_trainer", lambda *a: made.append(make(*a)) or made[-1])
+    assert cli("fit", "--config", tiny, "--trainer.enable_progress_bar", wanted).code == 0
+    assert isinstance(made[0].progress_bar_callback, TQDMProgressBar) == wanted
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

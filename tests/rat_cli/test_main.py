@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_modules.bad_steps import BadStepError
 from rat_cli import main as module
 from rat_cli.main import COMMANDS
 
@@ -40,6 +42,12 @@ def test_an_unknown_command_suggests_one(cli: Cli, name: str, meant: str) -> Non
     assert result.err.startswith(f"error: there is no command '{name}', did you mean '{meant}'? choose one of fit, ")
 
 
+def test_a_command_may_have_others_below_it(cli: Cli) -> None:
+    assert "only so many documents of each task" in " ".join(cli("evaluate", "--help").out.split())
+    assert "only so many documents" not in " ".join(cli("evaluate", "lengths", "--help").out.split())
+    assert "nothing to evaluate" in cli("evaluate", "--checkpoint", "x", "--output", "y").err
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(["bench"], 2), (["prepare", "--help"], 0), (["data", "--path"], 2)])
 def test_a_group_of_commands_lists_its_own(cli: Cli, arguments: list[str], code: int) -> None:
     result = cli(*arguments)
@@ -57,6 +65,7 @@ EXPLAINED = {
     "prepare pretrain": "share of the documents kept for validation",
     "report": "what the sample continues",
     "generate": "above 1 discourages tokens",
+    "evaluate": "only so many documents of each task",
     "info": "lengths to tell costs at",
 }
 
@@ -102,6 +111,26 @@ def test_ctrl_c_is_no_traceback(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "_run", stopped)
     result = cli("fit")
     assert (result.code, result.err) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["RANK", "SLURM_PROCID", "LOCAL_RANK"])
+def test_what_is_so_on_all_ranks_is_told_once(cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fail(error: BaseException, *_: object) -> None:
+        raise error
+
+    errors = [BadStepError("step 7: the loss is nan"), KeyboardInterrupt(), FileNotFoundError("no data here")]
+    told = []
+    for other in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        monkeypatch.delenv(other, raising=False)
+    for rank in (0, 1):
+        monkeypatch.setenv(name, str(rank))
+        for error in errors:
+            monkeypatch.setattr(module, "_run", partial(fail, error))
+            told.append(cli("fit")[::2])
+    assert told == [
+        (1, "error: step 7: the loss is nan\n"), (130, "error: interrupted\n"), (1, "error: no data here\n"),
+        (1, ""), (130, ""), (1, "error: no data here (rank 1)\n"),
+    ]  # fmt: skip
 
 
 def test_what_is_no_fault_of_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,13 +80,14 @@ def test_a_run_that_is_told_to_stop_ends_with_its_own_status(
         train(self, *args)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = [signal.getsignal(number) for number in SIGNALS]
+    handled = (*SIGNALS, signal.SIGINT)
+    before = [signal.getsignal(number) for number in handled]
     try:
         with monkeypatch.context() as patch:
             patch.setattr(Preemption, "on_train_start", told)
             assert cli("fit", "--config", tiny).code == 75
         assert "stopped after step 1 (SIGTERM), saved" in caplog.text
     finally:
-        for number, handler in zip(SIGNALS, before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
     assert cli("fit", "--config", tiny, "--ckpt_path", "last").code == 0

@@ -72,4 +72,4 @@ def test_what_is_no_finished_run(cli: Cli, run: Path, tmp_path: Path) -> None:
         events.unlink()
     result = cli("report", "--run", run)
     assert result.code == 1
-    assert "was never validated" in result.err
+    assert f"{run} holds no event files of TensorBoard" in result.err

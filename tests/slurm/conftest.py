@@ -41,7 +41,10 @@ SlurmdTimeout=0
 ReturnToService=2
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 RUN = """
 seed_everything: 0
@@ -56,6 +59,7 @@ trainer:
     init_args: {{save_dir: {folder}, name: runs, version: whole, default_hp_metric: false}}
   callbacks:
     - class_path: lightning_modules.LastCheckpoint
+      init_args: {{every_n_train_steps: 4}}
     - class_path: lightning_modules.ExportModel
     - class_path: trace.Trace
       init_args: {{folder: {folder}/trace-{name}, delay: {delay}}}
@@ -91,10 +95,10 @@ class Runs:
         own = {"PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(Path(__file__).parent)}
         self.environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
 
-    def options(self, name: str) -> list[str]:
-        """Of `cli.py fit`; every run leaves its own trace, and rank 1 is behind except in the run "whole"."""
+    def options(self, name: str, delay: float = 0.3) -> list[str]:
+        """Of `cli.py fit`; every run leaves its own trace, and its last rank is behind."""
         config = self.folder / f"{name}.yaml"
-        config.write_text(RUN.format(folder=self.folder, data=self.data, name=name, delay=0.3 * (name != "whole")))
+        config.write_text(RUN.format(folder=self.folder, data=self.data, name=name, delay=delay))
         return ["--config", str(config)]
 
     def trace(self, name: str, rank: int) -> list[tuple[int, int, int]]:
@@ -107,20 +111,30 @@ class Runs:
         """Wait until rank 0 has made an optimiser step."""
         wait_for(lambda: self.trace(name, 0)[-1:] >= [(step,)], 120, self.logs)
 
+    def hurry(self, name: str) -> None:
+        """Nothing more is going to interrupt the run: no rank need be behind any longer."""
+        (self.folder / f"trace-{name}" / "hurry").touch()
+
     def logs(self) -> str:
         """What the jobs have printed."""
         return "\n".join(file.read_text() for file in self.folder.glob("*.log"))
 
-    def torchrun(self, name: str) -> subprocess.Popen[str]:
+    def torchrun(self, name: str, delay: float = 0.3) -> subprocess.Popen[str]:
         """Two processes that meet over gloo."""
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            "cli.py", "fit", *self.options(name), "--trainer.devices", "2",
+            "cli.py", "fit", *self.options(name, delay), "--trainer.devices", "2",
             "--trainer.logger.init_args.version", name, "--ckpt_path", "last",
         ]  # fmt: skip
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
+
+    def assert_same(self, name: str) -> None:
+        """The run has ended with the weights of the uninterrupted one."""
+        whole = self.weights("whole")
+        for key, x in self.weights(name).items():
+            torch.testing.assert_close(x, whole[key], rtol=0, atol=0, msg=key)
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """In the last checkpoint, which is that of the last step."""
@@ -129,11 +143,11 @@ class Runs:
         return checkpoint["state_dict"]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, random_shards: Path) -> Runs:
     """With the run "whole", which nothing interrupts."""
     runs = Runs(tmp_path_factory.mktemp("runs"), random_shards)
-    out, _ = (whole := runs.torchrun("whole")).communicate(timeout=120)
+    out, _ = (whole := runs.torchrun("whole", delay=0)).communicate(timeout=120)
     assert whole.returncode == 0, out
     return runs
 
@@ -197,9 +211,9 @@ class Slurm:
         """How often a job was requeued."""
         return int(self("scontrol", "show", "job", job).split("Restarts=")[1].split()[0])
 
-    def wait_for_restart(self, job: str, number: int) -> None:
+    def wait_for_restart(self, job: str, number: int, seconds: float = 30) -> None:
         """Wait until a job has been requeued so many times."""
-        wait_for(lambda: self.restarts(job) == number, 30, self.logs)
+        wait_for(lambda: self.restarts(job) == number, seconds, self.logs)
 
     def wait_for_end(self, job: str) -> set[str]:
         """How a job, or the tasks of an array, ended, once nothing of it runs."""
@@ -209,7 +223,7 @@ class Slurm:
             states = {word.removeprefix("JobState=") for word in words if word.startswith("JobState=")}
             return set() if states & {"PENDING", "RUNNING", "COMPLETING"} else states
 
-        wait_for(lambda: not self("squeue", "--noheader", f"--jobs={job}"), 120, self.logs)
+        wait_for(lambda: not self("squeue", "--noheader", f"--jobs={job}"), 300, self.logs)
         return wait_for(ended, 30, self.logs)
 
     def logs(self) -> str:

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from rat.ops.backend import Backend, implementations, select
 from rat.ops.chunk_attention.ends import Ends, find_ends, given_ends, join_ends
+from rat.ops.chunk_attention.weights import chunk_attention_weights
 from rat.ops.chunk_scan import check_chunks
 from rat.ops.documents import check_documents, positions, start_indices
 
@@ -82,4 +83,4 @@ def _check(
         raise ValueError(f"as many end keys as end values, got {ends[0].shape[1]} and {ends[1].shape[1]}")
 
 
-__all__ = ["Ends", "chunk_attention"]
+__all__ = ["Ends", "chunk_attention", "chunk_attention_weights"]

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
 from datamodules.sft.prepare import prepare_sft
 from datamodules.tokenizer import train_tokenizer
@@ -24,7 +25,7 @@ def tokenizer(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Write rows into a folder, a file for every split: .jsonl, .json (a list) or .parquet."""
+    """Write rows into a folder, a file for every split: .jsonl, .json (a list), .parquet, or .arrow in its folder."""
 
     def write(splits: Mapping[str, Rows], ending: str = ".jsonl", name: str = "source") -> Path:
         folder = tmp_path / name
@@ -33,6 +34,8 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
             path = folder / f"{split}{ending}"
             if ending == ".parquet":
                 pq.write_table(pa.Table.from_pylist(rows), path)
+            elif ending == ".arrow":
+                Dataset.from_list(rows).save_to_disk(folder / split)
             elif ending == ".json":
                 path.write_text(json.dumps(rows, indent=1))
             else:

@@ -1,4 +1,5 @@
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 from datamodules.sampler import PADDING
 from datamodules.sft.datamodule import SFTDataModule, SFTDataset
 from datamodules.sft.examples import Examples
+from datamodules.sft.prepare import prepare_sft
 from datamodules.shards import ShardError, ShardWriter
 from rat import CausalLM, ModelConfig
 
 E = 9  # end of text
 X = -100
+FIELDS = ("prompts", "references")
 LENGTHS = [[2, 2], [1, 3], [3, 1], [4, 2]]
 EXAMPLES = [[1, 2, 3, E], [4, 5, 6, E], [7, 8, 2, E], [1, 3, 5, 7, 4, E]]
 
@@ -88,7 +91,7 @@ def test_packed_examples_have_the_loss_of_padded_ones(prepared: Path, pattern: l
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("packing", [False, True])
-def test_loaders(prepared: Path, packing: bool, num_workers: int) -> None:
+def test_loaders(prepared: Path, plain_rows: Callable[..., Any], packing: bool, num_workers: int) -> None:
     data = SFTDataModule(
         prepared, seq_len=96, packing=packing, chunk_size=4, batch_size=4, num_workers=num_workers
     )  # fmt: skip
@@ -103,8 +106,55 @@ def test_loaders(prepared: Path, packing: bool, num_workers: int) -> None:
         answers = sorted(examples[i][1].tolist() for i in range(len(examples)))
         found = np.split(labels[labels != -100].numpy(), np.flatnonzero(labels[labels != -100] == data.eos_id) + 1)[:-1]
         assert sorted(part.tolist() for part in found) == answers
-    predicted = torch.cat([batch["input_ids"] for batch in data.predict_dataloader()])
-    assert torch.equal(predicted, torch.cat([batch["input_ids"] for batch in data.test_dataloader()]))
+    batches = list(data.predict_dataloader())
+    assert [len(batch["prompts"]) for batch in batches] == [4, 1]
+    examples = Examples(prepared / "test")
+    found = [
+        (prompt.tolist(), known) for batch in batches for prompt, known in zip(*map(batch.get, FIELDS), strict=True)
+    ]
+    answers = [example["answer"] for example in plain_rows(5, 200)]
+    assert found == [
+        (examples[i][0].tolist(), {"task": "jsonl", "index": i, "input": f"q{200 + i}?", "answers": [answers[i]]})
+        for i in range(5)
+    ]
+    assert {(batch["eos_id"], batch["max_new_tokens"]) for batch in batches} == {(data.eos_id, 16)}
+    assert {prompt.dtype for batch in batches for prompt in batch["prompts"]} == {torch.int64}
+
+
+def test_ranks_share_the_prompts_and_padding_is_none(prepared: Path) -> None:
+    dataset = SFTDataModule(prepared, seq_len=96, max_new_tokens=3).dataset("predict")
+    batch = dataset[np.array([4, PADDING, PADDING])]
+    assert [known["index"] for known in batch["references"]] == [4]
+    assert batch["max_new_tokens"] == 3
+    assert dataset[np.array([PADDING])]["prompts"] == []
+
+
+def test_tasks_are_told_apart_by_their_setting(
+    tokenizer: Path, write_rows: Callable[..., Path], hub_rows: dict[str, Any], tmp_path: Path
+) -> None:
+    source = write_rows({split: [hub_rows["narrativeqa"]] for split in ("train", "validation", "test")})
+    prepare_sft(tmp_path / "out", "narrativeqa", str(tokenizer), source, setting="full", seq_len=160)
+    (known,) = SFTDataModule(tmp_path / "out").dataset("predict").references
+    assert known == {"task": "narrativeqa (full)", "index": 0, "input": "Who?", "answers": ["Ann", "Ann B."]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("prepare.json", None, "prepare.json does not tell the task and the length of its answers"),
+        ("prepare.json", '{"made_with": {"task": "jsonl"}}', "prepare.json does not tell the task"),
+        ("prepare.json", "[]", "prepare.json does not tell the task"),
+        ("test/references.jsonl", None, "references.jsonl is missing or damaged"),
+        ("test/references.jsonl", "{", "references.jsonl is missing or damaged"),
+        ("test/references.jsonl", "{}\n", "references.jsonl is of 1 examples, not of 5"),
+    ],
+)
+def test_prompts_without_references_are_refused(prepared: Path, name: str, content: str | None, message: str) -> None:
+    (prepared / name).unlink()
+    if content is not None:
+        (prepared / name).write_text(content)
+    with pytest.raises(ShardError, match=message):
+        SFTDataModule(prepared, seq_len=96).setup("predict")
 
 
 class Recorder(LightningModule):
@@ -161,7 +211,12 @@ def test_rows_of_another_kind_are_other_data(prepared: Path) -> None:
 
 
 def test_stages_open_what_they_need(prepared: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for stage, splits in {"fit": ["train", "val"], "validate": ["val"], "test": ["test"], "predict": ["test"]}.items():
+    for stage, splits in {
+        "fit": ["train", "val"],
+        "validate": ["val"],
+        "test": ["test"],
+        "predict": ["predict"],
+    }.items():
         data = SFTDataModule(prepared, seq_len=96, chunk_size=4, packing=True)
         with caplog.at_level(logging.INFO, "lightning.pytorch.utilities.rank_zero"):
             data.setup(stage)
@@ -182,6 +237,8 @@ def test_what_does_not_fit_is_named(prepared: Path, tmp_path: Path) -> None:
         SFTDataModule(prepared, chunk_size=0)
     with pytest.raises(ValueError, match="seq_len=0 must be at least 1"):
         SFTDataModule(prepared, seq_len=0)
+    with pytest.raises(ValueError, match="max_new_tokens=0 must be at least 1"):
+        SFTDataModule(prepared, max_new_tokens=0)
 
 
 def test_splits_of_two_tokenizers_are_refused(prepared: Path) -> None:

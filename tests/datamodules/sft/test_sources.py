@@ -21,7 +21,7 @@ def open_plain(path: Path, **options: Any) -> ExampleSource:
     return ExampleSource(find_task("jsonl"), path, **{"held_out": 0.1, **options})
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet", ".arrow"])
 @pytest.mark.parametrize("task", ["narrativeqa", "qmsum", "wikisum"])
 def test_files_like_the_hubs(write_rows: Write, hub_rows: dict[str, Any], task: Any, ending: str) -> None:
     rows = {split: [hub_rows[task]] * n for n, split in enumerate(("train", "validation", "test"), 1)}
@@ -119,9 +119,9 @@ ROW = {"context": "c", "input": "i", "answer": "a"}
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "holds no .jsonl, .json, .parquet file"),
-        ({"train.txt": "x"}, "holds no .jsonl, .json, .parquet file"),
-        ({"dataset_infos.json": "{}"}, "holds no .jsonl, .json, .parquet file"),
+        ({}, "holds no .jsonl, .json, .parquet, .arrow file"),
+        ({"train.txt": "x"}, "holds no .jsonl, .json, .parquet, .arrow file"),
+        ({"dataset_infos.json": "{}"}, "holds no .jsonl, .json, .parquet, .arrow file"),
         ({"test.jsonl": json.dumps(ROW)}, "has no split train, only test"),
         ({"train.jsonl": json.dumps({"context": "c", "answer": "a"})}, r"train.jsonl, row 1: no column 'input'"),
         (
@@ -143,6 +143,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, files: dict[str, str], mes
         (tmp_path / "source" / name).write_text(text)
     with pytest.raises(SourceError, match=message):
         contexts(open_plain(tmp_path / "source"), "train")
+
+
+def test_a_test_split_alone_is_enough_where_no_other_is_read(write_rows: Write) -> None:
+    folder = write_rows({"test": [ROW]})
+    assert contexts(open_plain(folder, needed="test"), "test") == ["c"]
+    folder = write_rows({"validation": [ROW]}, name="other")
+    with pytest.raises(SourceError, match="has no split test or train, only validation"):
+        open_plain(folder, needed="test")
 
 
 def test_no_source(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def test_the_answer_is_the_string_before_the_delimiter(data: st.DataObject) -> N
     assert (shortest or longest or (seq_len - 1) // 2) <= len(said) <= (longest or (seq_len - 1) // 2)
     assert answers[len(said) + 1 : 2 * len(said) + 2].all(), "answers stand behind the delimiter, in one piece"
     assert set(said) <= set(range(task.num_symbols))
+    asking = np.flatnonzero(sample.labels != -100)
+    assert sample.distance[asking].tolist() == [len(said)] * len(said) + [0]
+    assert sample.items == len(said)
     assert (task.vocab_size, task.eos_id) == (end + 1, end)
 
 

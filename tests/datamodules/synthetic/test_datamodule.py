@@ -11,6 +11,7 @@ from datamodules.synthetic import Copying, Needles, Recall, SyntheticDataModule
 
 TASK = Recall(vocab_size=32, num_pairs=3)
 Batch = dict[str, torch.Tensor]
+NAMES = ("input_ids", "labels", "distance", "items")
 
 
 def made(**options: Any) -> SyntheticDataModule:
@@ -20,27 +21,29 @@ def made(**options: Any) -> SyntheticDataModule:
 
 def joined(batches: Any) -> Batch:
     batches = list(batches)
-    return {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
+    return {name: torch.cat([batch[name] for batch in batches]) for name in NAMES}
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    for name in ("input_ids", "labels"):
+    for name in NAMES:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
 
 
 def test_a_batch_holds_its_samples_and_padding() -> None:
-    for row, (input_ids, labels) in enumerate(zip(*joined(made().val_dataloader()).values(), strict=True)):
+    for row, (input_ids, labels, distance, items) in enumerate(
+        zip(*joined(made().val_dataloader()).values(), strict=True)
+    ):
         if row == 7:
             assert (input_ids == 0).all()
             assert (labels == -100).all()
+            assert not distance.any()
+            assert not items.any()
             continue
         sample = TASK.sample(0, "val", row, 20)
         assert (input_ids.tolist(), labels.tolist()) == (sample.input_ids.tolist(), sample.labels.tolist())
+        assert (distance.tolist(), items.tolist()) == (sample.distance.tolist(), [3] * 20)
     batch = next(iter(made().train_dataloader()))
-    assert {name: (x.dtype, x.shape) for name, x in batch.items()} == {
-        "input_ids": (torch.int64, (4, 20)),
-        "labels": (torch.int64, (4, 20)),
-    }
+    assert {name: (x.dtype, x.shape) for name, x in batch.items()} == {name: (torch.int64, (4, 20)) for name in NAMES}
 
 
 def test_splits_are_different_samples_and_prediction_is_of_the_test_samples() -> None:

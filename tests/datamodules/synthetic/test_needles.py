@@ -40,6 +40,13 @@ def split(sample: Sample, eos_id: int, decode: Decode = from_bytes) -> tuple[str
     return decode(tokens[:first].tolist()), decode(tokens[first:last].tolist())
 
 
+def said_at(sample: Sample) -> str:
+    """What stands where the distances point, a space between two of the values."""
+    (asking,) = np.nonzero(sample.distance)
+    values = np.split(asking, np.flatnonzero(np.diff(asking) > 1) + 1)
+    return " ".join(from_bytes(sample.input_ids[places - sample.distance[places]].tolist()) for places in values)
+
+
 def solve(prompt: str, variant: str) -> str:
     """The answer, read from the text alone."""
     needles = NEEDLE.findall(prompt)
@@ -82,6 +89,7 @@ def test_answers_follow_from_the_text(data: st.DataObject) -> None:
         for name in names:
             assert_is(kind, name, task.num_digits)
     assert all(sentence in SENTENCES for sentence in noise(prompt))
+    assert (said_at(sample), sample.items) == (" ".join(answer[1:].split(", ")), len(needles))
     room = seq_len - len(prompt) - len(answer)
     assert 0 <= room <= max(map(len, SENTENCES)), "another sentence would have fitted"
 
@@ -161,6 +169,9 @@ def test_a_tokenizer_encodes_the_same_questions(tokenizer: Path, variant: str, s
         assert len(sample.input_ids) == seq_len
         prompt, answer = split(sample, task.eos_id, loaded.decode)
         assert solve(prompt, variant) == answer
+        places = np.flatnonzero(sample.distance)
+        said = sample.input_ids[places - sample.distance[places]]
+        assert (said == sample.labels[places]).mean() > 0.8, "but where merges reach over a value's end"
         if seq_len == 300:
             assert seq_len - (sample.input_ids != task.eos_id).sum() < longest
 

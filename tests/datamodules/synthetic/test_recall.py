@@ -28,6 +28,9 @@ def test_answers_follow_from_the_pairs(data: st.DataObject) -> None:
     places = np.flatnonzero(sample.labels != -100)
     assert solve(sample, num_pairs) == {t: sample.labels[t] for t in places}
     assert len(places) == num_queries
+    assert sample.items == num_pairs
+    np.testing.assert_array_equal(sample.input_ids[places - sample.distance[places]], sample.labels[places])
+    assert not sample.distance[sample.labels == -100].any()
     half, pairs = task.vocab_size // 2, sample.input_ids[: 2 * num_pairs]
     assert len(set(pairs.tolist())) == 2 * num_pairs, "one key said twice would make the answer ambiguous"
     assert pairs[::2].min() >= 1
@@ -46,6 +49,19 @@ def test_the_smallest_sequence_holds_pairs_and_queries_and_nothing_else() -> Non
         task.sample(0, "val", 0, 8)
 
 
+def test_numbers_of_pairs_are_drawn_and_all_of_them_are_asked_for() -> None:
+    task = Recall(vocab_size=20, num_pairs=4, min_pairs=2)
+    samples = [task.sample(0, "train", i, 20) for i in range(150)]
+    for sample in samples:
+        places = np.flatnonzero(sample.labels != -100)
+        assert len(places) == sample.items
+        assert solve(sample, sample.items) == {t: sample.labels[t] for t in places}
+    drawn = np.bincount([sample.items for sample in samples])
+    assert len(drawn) == 5
+    assert drawn[:2].sum() == 0
+    assert drawn[2:].min() > 30
+
+
 def test_a_small_power_asks_early_and_one_asks_anywhere() -> None:
     def middle(power_a: float) -> float:
         task = Recall(vocab_size=64, num_pairs=1, power_a=power_a)
@@ -61,8 +77,8 @@ def test_a_small_power_asks_early_and_one_asks_anywhere() -> None:
 def test_every_key_is_as_likely_to_be_asked_for() -> None:
     task, asked = Recall(vocab_size=64, num_pairs=4, num_queries=1), np.zeros(4)
     for i in range(400):
-        input_ids, labels = task.sample(1, "train", i, 20)
-        asked += input_ids[1:8:2] == labels.max()
+        sample = task.sample(1, "train", i, 20)
+        asked += sample.input_ids[1:8:2] == sample.labels.max()
     assert asked.min() > 70
     assert asked.sum() == 400
 
@@ -74,6 +90,9 @@ def test_every_key_is_as_likely_to_be_asked_for() -> None:
         ({"num_queries": 0}, "num_queries=0 must be at least 1"),
         ({"num_queries": 9}, "num_queries=9 keys cannot be asked for, there are 8"),
         ({"vocab_size": 17}, "vocab_size=17 is too small: 8 pairs need a vocab_size of at least 18"),
+        ({"min_pairs": 0}, "min_pairs=0 must be at least 1"),
+        ({"min_pairs": 9}, "min_pairs=9 is above num_pairs=8"),
+        ({"min_pairs": 2, "num_queries": 3}, "num_queries=3 keys cannot be asked for, there are 2"),
         ({"power_a": 0.0}, "power_a=0.0 must be above 0"),
     ],
 )

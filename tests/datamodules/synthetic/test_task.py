@@ -42,8 +42,11 @@ def test_the_identity_tells_tasks_apart() -> None:
 
 
 def test_answers_come_with_their_end_and_nothing_behind_counts() -> None:
-    input_ids, labels = fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=6)
-    assert input_ids.tolist() == [3, 4, 5, 6, 9, 9]
-    assert labels.tolist() == [-100, 5, 6, 9, -100, -100]
-    input_ids, labels = fill_up(np.array([3, 4]), np.array([5, 6]), eos_id=9, seq_len=4)
-    assert (input_ids.tolist(), labels.tolist()) == ([3, 4, 5, 6], [-100, 5, 6, 9])
+    parts = np.array([3, 6, 4]), np.array([5, 6]), np.array([-1, 1])
+    sample = fill_up(*parts, items=2, eos_id=9, seq_len=7)
+    assert sample.input_ids.tolist() == [3, 6, 4, 5, 6, 9, 9]
+    assert sample.labels.tolist() == [-100, -100, 5, 6, 9, -100, -100]
+    assert sample.distance.tolist() == [0, 0, 0, 2, 0, 0, 0]
+    assert sample.items == 2
+    sample = fill_up(*parts, items=2, eos_id=9, seq_len=5)
+    assert (sample.input_ids.tolist(), sample.labels.tolist()) == ([3, 6, 4, 5, 6], [-100, -100, 5, 6, 9])

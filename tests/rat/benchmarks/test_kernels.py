@@ -15,7 +15,6 @@ import rat
 from rat.benchmarks import ahead_of_time, kernel_races, kernels, traffic
 from rat.benchmarks.ahead_of_time import CHIPS, Compiled
 from rat.benchmarks.kernel_cases import CASES, SHIPPED, Shape, empty_fill, random_fill
-from rat.benchmarks.kernel_tables import write_block
 from rat.ops.launch import Launch
 
 TINY = Shape(d_model=32, d_head=16, chunk_size=3, num_groups=1, window_size=4, seq_len=10)
@@ -198,17 +197,6 @@ def test_what_cannot_be_is_refused_at_once(options: dict[str, object], message: 
     assert not (tmp_path / "none").exists()
     with pytest.raises(FileNotFoundError, match="there is no page"):
         kernels.kernels_benchmark(page=tmp_path / "none.md")
-
-
-def test_a_block_takes_the_place_of_its_forerunner(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("a\n")
-    write_block(page, "x", ["1"])
-    write_block(page, "y", [r"\1 2"])
-    write_block(page, "x", ["3"])
-    assert page.read_text() == (
-        "a\n\n<!-- begin x -->\n\n3\n\n<!-- end x -->\n\n<!-- begin y -->\n\n\\1 2\n\n<!-- end y -->\n"
-    )
 
 
 def test_pairs_in_a_window_are_counted_right(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,9 @@ def test_short_work_is_repeated_within_a_turn(clock: list[float]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    drawn = torch.get_rng_state()
     assert timing.gemm_rate(dtype, CPU, size=16) > 0
+    assert torch.equal(torch.get_rng_state(), drawn), "or the weights of a run would depend on the machine's speed"
     assert timing.copy_rate(CPU, num_bytes=64) > 0
 
     def half_a_second(candidates: dict[str, Callable[[], object]], *_: object) -> dict[str, Measurement]:

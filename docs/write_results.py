@@ -1,0 +1,231 @@
+"""Write the tables of docs/results.md from the records in docs/results, and draw its pictures. Seconds.
+
+python docs/write_results.py
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+
+import figures
+import matplotlib
+import matplotlib.pyplot as plt
+import pandas as pd
+from scipy.stats import t
+
+from rat.markdown import header, line, write_block
+from rat_cli.sweep_results import PAGE, read_curves, read_positions, read_runs, write_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
+TRAINED = 512  # T of the language models
+WITHIN_1_PERCENT = 0.01  # of the perplexity, as a difference of losses
+ENOUGH = 3  # seeds for a verdict
+CONFIDENCE = 0.95  # of a verdict, each for itself
+NOTHING = 0.02  # of accuracy, above what guessing gets
+MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
+
+
+class Claim(NamedTuple):
+    """That a variant measures less than another.
+
+    Attributes:
+        says: in words.
+        paper: its numbers.
+        measure: what is measured, one of MEASURES.
+        less: the variant that measures less.
+        more: the variant that measures more.
+        allowance: how much more the first may measure all the same.
+    """
+
+    says: str
+    paper: str
+    measure: str
+    less: str
+    more: str
+    allowance: float = 0.0
+
+
+CLAIMS = [
+    Claim("RAT is at most 1 % worse than attention", "7.67, 7.61", "loss", "rat-L16", "attention", WITHIN_1_PERCENT),
+    Claim("RAT is better than the RNN", "7.67, 7.82*", "loss", "rat-L16", "rnn"),
+    Claim("attention is better than the RNN", "7.61, 7.82*", "loss", "attention", "rnn"),
+    Claim("RAT + SWA is better than RAT", "7.57, 7.67", "loss", "rat-swa", "rat-L16"),
+    Claim("RAT + SWA is better than attention", "7.57, 7.61", "loss", "rat-swa", "attention"),
+    Claim("RAT + SWA is better than attention + SWA", "7.57, 7.61", "loss", "rat-swa", "attention-swa"),
+    Claim("L 16 is better than L 64", "in words*", "loss", "rat-L16", "rat-L64"),
+    Claim("none; one chunk of T computes what the RNN does", "", "loss", "rat-L512", "rnn"),
+    Claim("RAT + SWA is better off without RoPE", "2.66, 3.59", "beyond", "rat-swa-nope", "rat-swa"),
+    Claim(
+        "attention + SWA is better off without RoPE", "3.03, above 3.8", "beyond", "attention-swa-nope", "attention-swa"
+    ),
+    Claim(
+        "without RoPE, RAT + SWA beats attention + SWA", "2.66, 3.03", "beyond", "rat-swa-nope", "attention-swa-nope"
+    ),
+    Claim("with RoPE, RAT + SWA beats attention + SWA", "3.59, above 3.8", "beyond", "rat-swa", "attention-swa"),
+    Claim("without RoPE, RAT + SWA beats the RNN", "2.66, 2.67*", "beyond", "rat-swa-nope", "rnn"),
+    Claim("RAT recalls more than the RNN", "in words", "recall", "rnn", "rat-L16"),
+    Claim("attention recalls more than RAT", "in words", "recall", "rat-L16", "attention"),
+    Claim("RAT finds more needles than the RNN", "in words", "needles", "rnn", "rat-L16"),
+    Claim("attention finds more needles than RAT", "in words", "needles", "rat-L16", "attention"),
+    Claim("L 16 finds more needles than L 64", "in words", "needles", "rat-L64", "rat-L16"),
+]
+
+
+def sweeps() -> list[str]:
+    """Those that have finished runs."""
+    return sorted(path.parent.name for path in RESULTS.glob(f"*/{PAGE}"))
+
+
+def positions() -> pd.DataFrame:
+    """The loss by position of the runs of chunk_size and positions."""
+    found = [read_positions(RESULTS / sweep) for sweep in ("chunk_size", "positions") if sweep in sweeps()]
+    return pd.concat(found, ignore_index=True)
+
+
+def beyond() -> pd.DataFrame:
+    """Loss of every run over the positions from T + 1 to 4 T: variant, seed, value."""
+    found = [
+        (variant, seed, figures.loss_between(rows, TRAINED, 4 * TRAINED).iloc[0])
+        for (variant, seed), rows in positions().groupby(["variant", "seed"], sort=False)
+    ]
+    return pd.DataFrame(found, columns=["variant", "seed", "value"])
+
+
+def of_runs(sweep: str, column: str) -> pd.DataFrame:
+    """A column of a sweep's runs: variant, seed, value."""
+    if sweep not in sweeps():
+        return pd.DataFrame(columns=["variant", "seed", "value"])
+    return read_runs(RESULTS / sweep)[["variant", "seed", column]].rename(columns={column: "value"})
+
+
+class Measure(NamedTuple):
+    """What is compared: in words, the values of all runs (variant, seed, value), and what guessing gets, if any."""
+
+    says: str
+    read: Callable[[], pd.DataFrame]
+    guessed: float | None = None
+
+
+MEASURES = {
+    "loss": Measure("validation loss", lambda: of_runs("chunk_size", "val/loss")),
+    "beyond": Measure(f"loss at {TRAINED + 1} to {4 * TRAINED:,}", beyond),
+    "recall": Measure("right answers, recall", lambda: of_runs("recall", "val/accuracy"), figures.guessing(1, 8)),
+    "needles": Measure("right numbers, needles", lambda: of_runs("needles", "val/sequence_accuracy"), 0.0),
+}
+
+
+def verdict(differences: Sequence[float], allowance: float = 0.0) -> str:
+    """What differences of one variant to another, one for each seed, say of a claim that they are below `allowance`.
+
+    It is told by Student's t interval around their mean: holds where all of it is below, does not hold where none is.
+    """
+    count = len(differences)
+    if count < ENOUGH:
+        return f"too few seeds: {count}"
+    within = t.ppf((1 + CONFIDENCE) / 2, count - 1) * stdev(differences) / count**0.5
+    above = fmean(differences) - allowance
+    return "holds" if above < -within else "does not hold" if above > within else "not told apart"
+
+
+def claim_lines() -> Iterator[str]:
+    """A line for each claim of which there are runs."""
+    yield from header("claim", "the paper", "measured", "here", "difference", "seeds", "verdict")
+    tables = {
+        name: measure.read().pivot(index="seed", columns="variant", values="value")
+        for name, measure in MEASURES.items()
+    }
+    for claim in CLAIMS:
+        measure = MEASURES[claim.measure]
+        pair = tables[claim.measure].reindex(columns=[claim.less, claim.more]).dropna()
+        if pair.empty:
+            continue
+        difference = pair[claim.less] - pair[claim.more]
+        here = ", ".join(f"{variant} {pair[variant].mean():.3f}" for variant in pair)
+        differs = f"{difference.mean():+.3f}{_spread(difference)}"
+        said = verdict([*difference], claim.allowance)
+        if measure.guessed is not None and pair.mean().max() < measure.guessed + NOTHING:
+            said = "both guess"
+        yield line(claim.says, claim.paper, measure.says, here, differs, len(pair), said)
+
+
+def beyond_lines() -> Iterator[str]:
+    """The loss by spans of positions, a line for each variant."""
+    spans = [(TRAINED // 2, TRAINED), (TRAINED, 2 * TRAINED), (2 * TRAINED, 4 * TRAINED)]
+    yield from header("variant", "seeds", *(f"{after + 1:,} to {upto:,}" for after, upto in spans))
+    for variant, rows in positions().groupby("variant", sort=False):
+        seeds = [one for _, one in rows.groupby("seed")]
+        losses = [pd.Series([figures.loss_between(one, *span).iloc[0] for one in seeds]) for span in spans]
+        yield line(variant, len(seeds), *map(_mean, losses))
+
+
+def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
+    """Accuracies by a number (distance or items), a line for each variant."""
+    table = figures.accuracies(read_curves(RESULTS / sweep), number)
+    octaves = sorted(table.upto.unique())
+    yield from header("variant", "seeds", *(figures.octave(upto) for upto in octaves))
+    for variant, rows in table.groupby("variant", sort=False):
+        yield line(variant, rows.seed.nunique(), *(_mean(rows[rows.upto == upto].accuracy) for upto in octaves))
+    chance = _chance(sweep, number, table)
+    if isinstance(chance, dict):
+        yield line("guessing", "", *(f"{chance[upto]:.3f}" for upto in octaves))
+
+
+def blocks() -> dict[str, list[str]]:
+    """The tables of the page by the names of their places."""
+    tables = {
+        "claims": [*claim_lines()],
+        "beyond": [*beyond_lines()],
+        **{f"{sweep} by {number}": [*accuracy_lines(sweep, number)] for sweep, number in MEMORY if sweep in sweeps()},
+    }
+    return tables | {sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()}
+
+
+def draw() -> None:
+    """The pictures, beside the records."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
+    figures.by_position(right, positions(), TRAINED)
+    figures.legend_beside(right)
+    figure.savefig(RESULTS / "language.png")
+    figure, panels = plt.subplots(1, len(MEMORY), figsize=(6 * len(MEMORY), 4.2), sharey=True)
+    for ax, (sweep, number) in zip(panels, MEMORY, strict=True):
+        if sweep in sweeps():
+            table = figures.accuracies(read_curves(RESULTS / sweep), number)
+            figures.by_octave(ax, table, f"{sweep}: {number}", _chance(sweep, number, table))
+    figures.legend_beside(panels[-1])
+    figure.savefig(RESULTS / "memory.png")
+
+
+def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, float] | None:
+    """What guessing gets, by octave, where it can be told."""
+    if (sweep, number) == ("recall", "items"):
+        return {upto: figures.guessing(upto // 2 + 1, upto) for upto in table.upto.unique()}
+    return 0.1 if sweep == "needles" else None
+
+
+def _mean(values: "pd.Series[float]") -> str:
+    return f"{values.mean():.3f}{_spread(values)}"
+
+
+def _spread(values: "pd.Series[float]") -> str:
+    return f" ± {values.std():.3f}" if len(values) > 1 else ""
+
+
+def main() -> None:
+    """Write all of it."""
+    matplotlib.use("agg")
+    for sweep in sweeps():
+        write_tables(RESULTS / sweep)
+    for name, lines in blocks().items():
+        write_block(REPORT, name, lines)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,445 @@
+"""What the notebooks share: their setting, the commands that they call, and the figures. Nothing is trained here."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from rat import CausalLM
+from rat.benchmarks.report import color, plot_lines
+from rat.benchmarks.timing import Rates
+from rat.layers import GatedMixer
+from rat.layers.rat import RAT
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ("small", "full")
+Chance = float | Mapping[int, float] | None
+
+# of packages that would show a bar in the page, which commands do in their own output
+warnings.filterwarnings("ignore", message="IProgress not found")
+
+plt.rcParams.update({
+    "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 11,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much a notebook does: `full` reads and writes docs/results and runs/; `small` takes seconds, all of it in a
+    temporary folder, which commands are shown with as $RESULTS.
+
+    Attributes:
+        name: small or full.
+    """
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"setting: {self.name}" + "; this shows that the page works, and no results" * self.small
+
+    @property
+    def small(self) -> bool:
+        """Whether it takes seconds."""
+        return self.name == "small"
+
+    @cached_property
+    def results(self) -> Path:
+        """Where the records and measurements are."""
+        return Path(self._temporary.name) if self.small else ROOT / "docs" / "results"
+
+    @cached_property
+    def _temporary(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="notebook-")
+
+    def cli(self, *arguments: object, quiet: bool = False) -> None:
+        """Show a command of cli.py, call it in the repository's folder, and print what it says as it says it.
+
+        Args:
+            arguments: of the command.
+            quiet: show the command alone.
+
+        Raises:
+            RuntimeError: it has failed; with the end of what it wrote to stderr.
+        """
+        words = [str(argument) for argument in arguments]
+        print(self._shown("$ python cli.py " + shlex.join(words)), flush=True)
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "cli.py", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
+            try:
+                for line in process.stdout or ():
+                    if not quiet:
+                        print(self._shown(line), end="", flush=True)
+            except BaseException:  # the cell was interrupted
+                process.terminate()
+                raise
+            finally:
+                process.wait()
+            if process.returncode:
+                errors.seek(0)
+                raise RuntimeError(f"the command ended with {process.returncode}:\n{errors.read()[-2000:]}")
+
+    def sweep(self, name: str, variants: Sequence[str], options: Mapping[str, Any], *further: object) -> Path:
+        """Collect the finished runs of configs/ablation/NAME.yaml, which are trained by the same command without
+        --table_only. The small setting trains some of its variants right here.
+
+        Args:
+            name: of the sweep.
+            variants: those of the small setting.
+            options: of fit, which make its runs small.
+            further: arguments of its command.
+
+        Returns:
+            The folder of the records, for `rat_cli.sweep_results`.
+        """
+        file = Path("configs", "ablation", f"{name}.yaml")
+        if not self.small:
+            self.cli("sweep", "--config", file, "--table_only", "true")
+            return self.results / name
+        content = yaml.safe_load((ROOT / file).read_text())
+        chosen = {variant: content["variants"][variant] for variant in variants}
+        given = {"variants": chosen, "seeds": [0], "options": content.get("options", {}) | dict(options)}
+        folders = ["--runs", self.results / "runs", "--output", self.results / name]
+        words = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
+        self.cli("sweep", "--config", file, *words, *folders, *further)
+        return self.results / name
+
+    def bench(self, name: str, *arguments: object) -> pd.DataFrame:
+        """Measure layers by `cli.py bench layer`, unless it was done before: remove the folder NAME of the results, and
+        it is done again.
+
+        Returns:
+            The rows of layer.json, and with each the call (NAME), chunk_size, dtype and batch_size that it comes from.
+        """
+        folder = self.results / name
+        report = folder / "layer.json"
+        if not (report.is_file() and json.loads(report.read_text())["complete"]):
+            shown = folder if self.small else folder.relative_to(ROOT)
+            self.cli("bench", "layer", *arguments, "--output", shown, quiet=True)
+        content = json.loads(report.read_text())
+        print(f"{name}: {content['machine']['processor']}, {Rates(**content['rates'])}", flush=True)
+        options = {key: content["options"][key] for key in ("chunk_size", "dtype", "batch_size")}
+        return pd.DataFrame(content["rows"]).assign(call=name, **options)
+
+    def language_sweep(self, name: str, variants: Sequence[str], options: Mapping[str, Any] | None = None) -> Path:
+        """`sweep` of language models. Those of the small setting are tiny and read the pages in docs/."""
+        tiny: dict[str, Any] = {}
+        if self.small:
+            tiny = {
+                "trainer.max_steps": 2, "model.val_every_n_steps": 2, "model.model.d_model": 32,
+                "model.model.num_heads": 2, "model.model.num_layers": 2, "model.model.max_seq_len": 32,
+                "model.model.window_size": 8, "data.init_args.seq_len": 32, "data.init_args.path": str(self._corpus),
+            }  # fmt: skip
+        return self.sweep(name, variants, tiny | dict(options or {}), "--lengths", "[16, 32, 64]")
+
+    @cached_property
+    def _corpus(self) -> Path:
+        texts, data = self.results / "texts", self.results / "data"
+        texts.mkdir()
+        for page in (ROOT / "docs").glob("*.md"):
+            (texts / page.with_suffix(".txt").name).write_text(page.read_text())
+        self.cli("prepare", "pretrain", "--source", texts, "--output", data, "--vocab_size", 512, "--held_out", 0.3)
+        return data
+
+    def _shown(self, text: str) -> str:
+        return text.replace(str(self.results), "$RESULTS") if self.small else text
+
+
+def setting() -> Setting:
+    """The setting that the environment variable RAT_NOTEBOOKS names, full where there is none.
+
+    Raises:
+        ValueError: it names another.
+    """
+    name = os.environ.get("RAT_NOTEBOOKS", "full")
+    if name not in SETTINGS:
+        raise ValueError(f"RAT_NOTEBOOKS is {name!r}: take one of {', '.join(SETTINGS)}")
+    return Setting(name)
+
+
+def look(variant: str) -> dict[str, Any]:
+    """Colour, line and marker of a variant: a colour for each backbone, dashes for hybrids, darker for larger L."""
+    backbone, _, size = variant.removesuffix("-nope").partition("-")
+    if size.startswith("L"):
+        shade = min(1.0, 0.3 + 0.7 * np.log2(int(size[1:])) / 9)
+        return {"color": plt.get_cmap("Blues")(shade), "marker": "o", "markersize": 4}
+    style = {"linestyle": "--", "marker": "s"} if size == "swa" else {"marker": "^" if backbone == "rnn" else "D"}
+    return {"color": color(backbone), "markersize": 4, **style}
+
+
+def trained_length(records: Path) -> int:
+    """T of training of a sweep's runs."""
+    config = yaml.safe_load(min(records.glob("*/config.yaml")).read_text())
+    return config["data"]["init_args"]["seq_len"]
+
+
+def layer_speed(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tokens/s from rows of `Setting.bench` with the layers attention, rat, sliding_window and rnn, for every call.
+
+    Hybrids are the mean of their two layers' times, that of RAT with the L of the ablation's, 16.
+
+    Returns:
+        Columns mode, seq_len, chunk_size, variant, pattern and tokens_per_second; training comes first.
+    """
+    keys = ["call", "mode", "seq_len", "chunk_size", "batch_size"]
+    times = rows.pivot(index=keys, columns="contender", values="milliseconds").reset_index()
+    with_windows = times[times.chunk_size == 16]
+    parts = [
+        times.assign(variant="rat-L" + times.chunk_size.astype(str), pattern="rat", time=times.rat),
+        times.assign(variant="attention", pattern="attention", time=times.attention),
+        times.assign(variant="rnn", pattern="rnn", time=times.rnn),
+        with_windows.assign(
+            variant="rat-swa", pattern="rat sliding_window", time=(with_windows.rat + with_windows.sliding_window) / 2
+        ),
+        times.assign(
+            variant="attention-swa",
+            pattern="attention sliding_window",
+            time=(times.attention + times.sliding_window) / 2,
+        ),
+    ]
+    found = pd.concat(parts, ignore_index=True)
+    tokens = found.batch_size * found.seq_len.where(found["mode"] != "decode", 1)
+    speed = found.assign(tokens_per_second=1000 * tokens / found.time).sort_values(
+        ["mode", "seq_len"], ascending=[False, True], kind="stable"
+    )
+    return speed[["mode", "seq_len", "chunk_size", "variant", "pattern", "tokens_per_second"]]
+
+
+def over_seeds(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
+    """`mean` and standard deviation `std` (0 where there is one) of a column over all else that is not in `keys`."""
+    found = table.groupby(list(keys), sort=False)[value].agg(["mean", "std", "count"]).reset_index()
+    return found.assign(std=found["std"].fillna(0.0))
+
+
+def against_chunk_size(ax: Axes, table: pd.DataFrame, value: str, ylabel: str, *, log: bool = False) -> None:
+    """A column against L of the pure RAT variants, error bars of one standard deviation; the others as lines across.
+
+    Args:
+        ax: what is drawn on.
+        table: a row a run, with variant, pattern ("rat", "rat sliding_window", ...), chunk_size and the column.
+        value: the column.
+        ylabel: what it is, with its unit.
+        log: a logarithmic axis for it.
+    """
+    pure = table[table.pattern == "rat"]
+    points = over_seeds(pure, ["chunk_size"], value).sort_values("chunk_size")
+    style = {"color": color("rat"), "marker": "o", "capsize": 3, "label": "RAT", "zorder": 3}
+    ax.errorbar(points.chunk_size, points["mean"], yerr=points["std"], **style)
+    for row in over_seeds(table[table.pattern != "rat"], ["variant"], value).itertuples():
+        line = {key: x for key, x in look(row.variant).items() if not key.startswith("marker")}
+        ax.axhline(row.mean, label=row.variant, **{"linestyle": "-", "linewidth": 1.2, **line})
+        ax.axhspan(row.mean - row.std, row.mean + row.std, color=line["color"], alpha=0.12, linewidth=0)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(points.chunk_size, [f"{size}" for size in points.chunk_size])
+    ax.set(xlabel="chunk size L, tokens", ylabel=ylabel, yscale="log" if log else "linear")
+    if log:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+
+
+def by_position(ax: Axes, positions: pd.DataFrame, trained: int, *, perplexity: bool = False) -> None:
+    """Loss against the tokens read before, a line for each variant, its mean over seeds; `trained` marks T.
+
+    Args:
+        ax: what is drawn on.
+        positions: of `rat_cli.sweep_results.read_positions`.
+        trained: T of training.
+        perplexity: draw e to the loss, on a logarithmic axis.
+    """
+    for variant, rows in positions.groupby("variant", sort=False):
+        means = over_seeds(rows, ["first", "last"], "loss").sort_values("first")
+        middle = np.sqrt(means["first"] * means["last"])  # the mean of a span stands in its middle
+        values = np.exp(means["mean"]) if perplexity else means["mean"]
+        ax.plot(middle, values, label=variant, **look(variant))
+    ax.axvline(trained, color="black", linestyle=":", linewidth=1)
+    place = {"transform": ax.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
+    ax.text(trained, 0.98, f"trained at {trained:,}", fontsize=9, **place)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    ax.set(xlabel="tokens read before", ylabel="loss, nats per token")
+    if perplexity:
+        ax.set(ylabel="perplexity (log)", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+
+
+def loss_between(positions: pd.DataFrame, after: int, upto: int) -> "pd.Series[float]":
+    """Mean loss of each variant over the positions above `after` and at most `upto`, in whole spans."""
+    chosen = positions[(positions["first"] > after) & (positions["last"] <= upto)]
+    width = chosen["last"] - chosen["first"] + 1
+    total = (chosen.loss * width).groupby(chosen.variant, sort=False).sum()
+    return total / width.groupby(chosen.variant, sort=False).sum()
+
+
+def accuracies(curves: pd.DataFrame, number: str) -> pd.DataFrame:
+    """The last accuracies by a number (distance or items) of every run: run, variant, seed, upto, accuracy.
+
+    `upto` is the end of an octave: answers of a number above upto / 2 and at most upto.
+    """
+    prefix = f"val/accuracy_by_{number}/"
+    found = curves[curves.tag.str.startswith(prefix)].sort_values("step", kind="stable")
+    last = found.groupby(["run", "variant", "seed", "tag"], sort=False).value.last().reset_index(name="accuracy")
+    return last.assign(upto=last.tag.str.removeprefix(prefix).astype(int)).drop(columns="tag")
+
+
+def by_octave(ax: Axes, table: pd.DataFrame, xlabel: str, chance: Chance = None) -> None:
+    """Accuracies of `accuracies` by octave, a line for each variant, error bars of one standard deviation.
+
+    Args:
+        ax: what is drawn on.
+        table: of `accuracies`.
+        xlabel: what the octaves are of.
+        chance: what guessing gets, everywhere or by octave.
+    """
+    for variant, rows in table.groupby("variant", sort=False):
+        means = over_seeds(rows, ["upto"], "accuracy").sort_values("upto")
+        ax.errorbar(means.upto, means["mean"], yerr=means["std"], label=variant, capsize=2, **look(variant))
+    ticks = sorted(table.upto.unique())
+    if chance is not None:
+        levels = [chance[upto] if isinstance(chance, Mapping) else chance for upto in ticks]
+        ax.plot(ticks, levels, color="black", linestyle=":", linewidth=1, label="guessing")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [octave(upto) for upto in ticks], rotation=30)
+    ax.set(xlabel=xlabel, ylabel="accuracy of answers", ylim=(-0.02, 1.04))
+
+
+def guessing(fewest: int, most: int) -> float:
+    """The share of right answers in recall if one of a sample's values is guessed.
+
+    A sample has n pairs and n answers, all n from `fewest` to `most` are alike.
+    """
+    numbers = range(fewest, most + 1)
+    return len(numbers) / sum(numbers)
+
+
+def remembered(table: pd.DataFrame, chance: Chance) -> str:
+    """How each variant's accuracy goes from the first octave of `accuracies` to the last, and what that is called."""
+    first, last = table.upto.min(), table.upto.max()
+    guessed = chance[last] if isinstance(chance, Mapping) else chance or 0.0
+    means = over_seeds(table, ["variant", "upto"], "accuracy").set_index(["variant", "upto"])
+    ends = [means.xs(upto, level="upto") for upto in (first, last)]
+    parts = []
+    for variant in ends[1].sort_values("mean", ascending=False).index:
+        near, far = (end["mean"].get(variant, np.nan) for end in ends)
+        spread = ends[1]["std"][variant]
+        if far >= 0.9:
+            said = "holds"
+        elif far < guessed + 0.02:
+            said = "guesses"
+        else:
+            said = "degrades" if near - far > 0.05 else "is level"
+        parts.append(f"{variant} {near:.2f} → {far:.2f} ± {spread:.2f} ({said})")
+    return ", ".join(parts)
+
+
+def octave(upto: int) -> str:
+    """The numbers above upto / 2 and at most upto, as a label."""
+    first = upto // 2 + 1
+    return f"{upto}" if first >= upto else f"{first}–{upto}"
+
+
+def latency(rows: pd.DataFrame, titles: Mapping[str, str]) -> plt.Figure:
+    """Milliseconds against T, a panel for each mode, a line for each layer; dotted lines are its floor."""
+    figure, panels = plt.subplots(1, len(titles), figsize=(4.6 * len(titles), 4), squeeze=False)
+    for ax, (mode, title) in zip(panels[0], titles.items(), strict=True):
+        told = rows[rows["mode"] == mode].to_dict("records")
+        ylabel = "milliseconds (dotted: floor)"
+        plot_lines(ax, told, "milliseconds", title=title, ylabel=ylabel, floor="floor_milliseconds")
+    return figure
+
+
+def legend_beside(ax: Axes) -> None:
+    """The legend to the right of the axes."""
+    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+
+
+def in_words(means: pd.DataFrame, names: str, *, unit: str = "", digits: int = 2) -> str:
+    """Rows of `over_seeds` from small to large: 'rat 60.12 ± 0.31, attention 61.00 ± 0.20'; ± is left out for one."""
+    parts = []
+    for row in means.sort_values("mean").itertuples():
+        spread = f" ± {row.std:,.{digits}f}" if row.count > 1 else ""
+        parts.append(f"{getattr(row, names)} {row.mean:,.{digits}f}{spread}{unit}")
+    return ", ".join(parts)
+
+
+class Inside(NamedTuple):
+    """A layer in a pass over T tokens.
+
+    Attributes:
+        memory: (T, D), how many tokens back each channel's gate remembers, 1 / (1 - g).
+        weights: (H, T, E + 1), see `rat.ops.chunk_attention_weights`; None for other gated layers than RAT.
+    """
+
+    memory: np.ndarray
+    weights: np.ndarray | None
+
+
+@torch.inference_mode()
+def look_inside(model: CausalLM, tokens: Sequence[int]) -> dict[int, Inside]:
+    """The gated layers of a model, by number, while it reads a text."""
+    gated = {i: layer.mixer for i, layer in enumerate(model.layers) if isinstance(layer.mixer, GatedMixer)}
+    weights: dict[int, np.ndarray] = {}
+
+    def keep(i: int, mixer: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        weights[i] = mixer.attention_weights(given[0])[0].numpy()
+
+    hooks = [mixer.register_forward_pre_hook(partial(keep, i)) for i, mixer in gated.items() if isinstance(mixer, RAT)]
+    for mixer in gated.values():
+        mixer.watched = True
+    model(torch.tensor([list(tokens)]))
+    for hook in hooks:
+        hook.remove()
+    return {i: Inside(mixer.memory_length()[0].numpy(), weights.get(i)) for i, mixer in gated.items()}
+
+
+def lengths_of_memory(ax: Axes, layers: Mapping[int, Inside], chunk_size: int) -> None:
+    """How far back the gates of each layer remember: channels in order of their median over tokens."""
+    shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(layers)))
+    for (layer, inside), shade in zip(layers.items(), shades, strict=True):
+        medians = np.sort(np.median(inside.memory, axis=0))
+        ax.plot(np.linspace(0, 100, len(medians)), medians, color=shade, label=f"layer {layer}")
+    ax.axhline(chunk_size, color="black", linestyle=":", linewidth=1, label=f"chunk, L = {chunk_size}")
+    ax.set(yscale="log", xlabel="channels in order, %", ylabel="memory 1 / (1 - g), tokens")
+    legend_beside(ax)
+
+
+def token_grid(ax: Axes, values: np.ndarray, columns: Sequence[str], rows: Sequence[str], *, log: bool = False) -> Any:
+    """A heat map (rows, columns) with texts at both sides; the image, for a colour bar."""
+    norm = LogNorm(vmin=1, vmax=max(2.0, float(values.max()))) if log else None
+    image = ax.imshow(values, aspect="auto", cmap="viridis" if log else "Blues", norm=norm, interpolation="nearest")
+    ax.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.grid(visible=False)
+    return image
+
+
+def share_of_letters(text: str) -> float:
+    """Of its characters, how many are letters or spaces, from 0 to 1."""
+    return sum(character.isalpha() or character == " " for character in text) / max(1, len(text))
+
+
+def visible(texts: Sequence[str]) -> Iterator[str]:
+    """Pieces of text as labels: line breaks and tabs are seen, a dollar sign starts no formula."""
+    for text in texts:
+        yield text.replace("\n", "↵").replace("\t", "→").strip(" ").replace("$", r"\$") or "␣"

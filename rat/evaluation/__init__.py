@@ -1,0 +1,1 @@
+"""What trained models know: scores of answers, and loss by position."""

@@ -1,0 +1,126 @@
+"""What a sweep consists of: its runs, the options of each, and whether a folder holds one of them."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rat_cli.info import InfoCLI
+from rat_cli.plan import NotCountedError, read_plan
+from rat_cli.sweep_results import CONFIG, LENGTHS, RUN, Run
+
+# What a run's result follows from, beside its model and data.
+_TRAINER = (
+    "max_steps", "max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches",
+    "limit_train_batches", "limit_val_batches",
+)  # fmt: skip
+
+
+@dataclass
+class Grid:
+    """What `sweep` was told, checked."""
+
+    name: str
+    fit: list[Path]
+    variants: dict[str, dict[str, Any]]
+    seeds: list[int]
+    options: dict[str, Any]
+    lengths: list[int] | None
+    runs: Path
+    output: Path
+    devices: int | None
+    num_nodes: int | None
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+
+    def __iter__(self) -> Iterator[Run]:
+        """All seeds of the grid's variants: the first seed of each comes first."""
+        grid = [(variant, seed) for seed in self.seeds for variant in self.variants]
+        yield from (Run(index, variant, seed) for index, (variant, seed) in enumerate(grid))
+
+    def folder(self, run: Run) -> Path:
+        """Where a run trains."""
+        return self.runs / self.name / run.name
+
+    def is_finished(self, run: Run) -> bool:
+        """Whether its record is kept."""
+        return (self.output / run.name / RUN).is_file()
+
+    def arguments(self, run: Run) -> list[str]:
+        """Those of `cli.py fit`."""
+        given = {
+            **self.options,
+            **self.variants[run.variant],
+            "seed_everything": run.seed,
+            "data.init_args.seed": run.seed,
+            "trainer.logger.init_args.save_dir": str(self.runs),
+            "trainer.logger.init_args.name": self.name,
+            "trainer.logger.init_args.version": run.name,
+        }
+        given |= {
+            f"trainer.{name}": count
+            for name, count in (("devices", self.devices), ("num_nodes", self.num_nodes))
+            if count is not None
+        }
+        words = [word for path in self.fit for word in ("--config", str(path))]
+        return words + [f"--{key}={_as_word(value)}" for key, value in given.items()]
+
+    def config(self, run: Run) -> dict[str, Any]:
+        """The whole configuration of a run, as its config.yaml will hold it."""
+        if run.variant not in self.configs:
+            cli = InfoCLI(self.arguments(run))
+            with suppress(NotCountedError):
+                read_plan(cli.config)
+            self.configs[run.variant] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_check=True))
+        config = self.configs[run.variant]
+        data = config["data"] | {"init_args": config["data"]["init_args"] | {"seed": run.seed}}
+        return config | {"seed_everything": run.seed, "data": data}
+
+    def check(self) -> None:
+        """Ask of every run whether fit would take it, and whether what is in its folders is of this run.
+
+        Raises:
+            ValueError: it would not, or a folder holds a run of other options; the message says which.
+        """
+        for run in self:
+            config = self.config(run)
+            exporting = any(
+                given["class_path"].endswith(".ExportModel") for given in config["trainer"]["callbacks"] or []
+            )
+            if self.lengths and not exporting:
+                raise ValueError(f"{run.name}: lengths are of exported models: add lightning_modules.ExportModel")
+            for folder in (self.output / run.name, self.folder(run)):
+                if (folder / CONFIG).is_file() and (other := _difference(config, folder / CONFIG)):
+                    raise ValueError(
+                        f"{folder} holds a run with {other}: move it away, or change the sweep's name and output"
+                    )
+            if self.lengths and self.is_finished(run) and not (self.output / run.name / LENGTHS).is_file():
+                raise ValueError(f"{self.output / run.name} was kept without lengths: move it away")
+
+
+def _difference(config: dict[str, Any], path: Path) -> str | None:
+    """Where the configuration that was written to `path` differs in what decides a run's result; None: nowhere."""
+    before = yaml.safe_load(path.read_text())
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is no configuration of a run: remove it")
+    for section in ("seed_everything", "model", "data", "guard", "trainer"):
+        new, old = _flat(config[section], section), _flat(before.get(section), section)
+        for key in sorted({*new, *old}):
+            decides = section != "trainer" or key.removeprefix("trainer.") in _TRAINER
+            if decides and new.get(key) != old.get(key):
+                return f"{key} {old.get(key)} instead of {new.get(key)}"
+    return None
+
+
+def _flat(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items() for key, leaf in _flat(inner, f"{name}.{part}").items()}
+
+
+def _as_word(value: Any) -> str:
+    """As the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)

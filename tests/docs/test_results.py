@@ -1,0 +1,70 @@
+"""docs/results.md shows what the records hold, and says of a claim what its rule says."""
+
+import json
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import write_results
+
+from rat_cli.sweep_results import PAGE, TABLE, write_tables
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_tables_are_those_of_the_records() -> None:
+    text = (ROOT / "docs" / "results.md").read_text()
+    shown = dict(re.findall(r"<!-- begin ([\w ]+) -->\n\n(.*?)\n\n<!-- end \1 -->", text, re.DOTALL))
+    assert shown == {name: "\n".join(lines) for name, lines in write_results.blocks().items()}
+
+
+@pytest.mark.parametrize("sweep", write_results.sweeps())
+def test_every_record_is_in_its_table(sweep: str, tmp_path: Path) -> None:
+    folder = write_results.RESULTS / sweep
+    for record in folder.iterdir():
+        if record.is_dir():
+            (tmp_path / record.name).symlink_to(record)
+    assert write_tables(tmp_path) == (folder / PAGE).read_text()
+    assert (tmp_path / TABLE).read_text() == (folder / TABLE).read_text()
+
+
+def test_runs_are_of_clean_commits() -> None:
+    for path in write_results.RESULTS.glob("*/*/summary.json"):
+        for start in json.loads(path.read_text())["starts"]:
+            assert start["code"]["dirty"] is False, path
+
+
+@pytest.mark.parametrize(
+    ("differences", "allowance", "said"),
+    [
+        ([-0.20, -0.21, -0.22], 0.0, "holds"),
+        ([0.20, 0.21, 0.22], 0.0, "does not hold"),
+        ([-0.1, -0.2, -0.3], 0.0, "not told apart"),  # -0.2 +- 4.303 * 0.1 / sqrt(3) = 0.248
+        ([-0.1, -0.2, -0.2], 0.0, "holds"),  # -0.167 +- 0.143
+        ([-0.2, -0.1], 0.0, "too few seeds: 2"),
+        ([0.005, 0.004, 0.006], 0.01, "holds"),
+        ([0.0, 0.0, 0.0], 0.0, "not told apart"),
+    ],
+)
+def test_a_verdict_is_of_the_interval(differences: list[float], allowance: float, said: str) -> None:
+    assert write_results.verdict(differences, allowance) == said
+
+
+def test_who_only_guesses_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(variant, seed, value) for seed in range(3) for variant, value in (("a", 0.20), ("b", 0.23))]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "value"])
+    for guessed, said in ((0.222, "both guess"), (0.1, "holds")):
+        monkeypatch.setattr(write_results, "MEASURES", {"x": write_results.Measure("x", lambda: table, guessed)})
+        monkeypatch.setattr(write_results, "CLAIMS", [write_results.Claim("a before b", "", "x", "a", "b")])
+        *_, row = write_results.claim_lines()
+        assert row.endswith(f"| 3 | {said} |")
+
+
+def test_seeds_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("a", 0, 1.0), ("b", 0, 2.0), ("a", 1, 5.0), ("b", 1, 6.0), ("a", 2, 0.0), ("b", 2, 0.5), ("a", 3, 9.0)]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "value"])
+    monkeypatch.setattr(write_results, "MEASURES", {"loss": write_results.Measure("loss", lambda: table)})
+    monkeypatch.setattr(write_results, "CLAIMS", [write_results.Claim("a before b", "1, 2", "loss", "a", "b")])
+    *_, row = write_results.claim_lines()
+    assert row == "| a before b | 1, 2 | loss | a 2.000, b 2.833 | -0.833 ± 0.289 | 3 | holds |"

@@ -1,0 +1,242 @@
+"""What the notebooks draw and say is what the records hold."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import figures
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.axes import Axes
+
+from rat import CausalLM, ModelConfig
+
+
+@pytest.fixture
+def ax() -> Iterator[Axes]:
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def runs() -> pd.DataFrame:
+    """Two seeds of RAT with two chunk sizes, and one of two others."""
+    rows = [
+        ("rat-L16", "rat", 16, 0, 12.0), ("rat-L4", "rat", 4, 0, 10.0), ("rat-L16", "rat", 16, 1, 14.0),
+        ("rat-L4", "rat", 4, 1, 10.0), ("rnn", "rnn", 16, 0, 20.0), ("rat-swa", "rat sliding_window", 16, 0, 9.0),
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "pattern", "chunk_size", "seed", "loss"])
+
+
+@pytest.mark.parametrize(("given", "name"), [(None, "full"), ("small", "small"), ("full", "full")])
+def test_the_setting_is_that_of_the_environment(given: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAT_NOTEBOOKS", raising=False)
+    if given:
+        monkeypatch.setenv("RAT_NOTEBOOKS", given)
+    setting = figures.setting()
+    assert setting.name == name
+    assert str(setting).startswith(f"setting: {name}")
+    assert ("no results" in str(setting)) == (name == "small")
+    assert (setting.results == figures.ROOT / "docs" / "results") == (name == "full")
+    assert setting.results == setting.results
+
+
+def test_another_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAT_NOTEBOOKS", "tiny")
+    with pytest.raises(ValueError, match="RAT_NOTEBOOKS is 'tiny': take one of small, full"):
+        figures.setting()
+
+
+def test_commands_are_shown_and_what_they_say_without_the_temporary_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    setting = figures.Setting("small")
+    setting.cli("--help")
+    assert capsys.readouterr().out.startswith("$ python cli.py --help\nusage: python cli.py COMMAND")
+    nowhere = setting.results / "nowhere"
+    with pytest.raises(RuntimeError, match="ended with 2:\nerror: there is no command 'verify'"):
+        setting.cli("verify", nowhere)
+    assert capsys.readouterr().out == "$ python cli.py verify $RESULTS/nowhere\n"
+
+
+def test_what_is_measured_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting, calls = figures.Setting("small"), []
+
+    def measure(self: figures.Setting, *arguments: object, quiet: bool) -> None:
+        """The command, which is interrupted in its first call."""
+        assert quiet
+        calls.append([str(argument) for argument in arguments])
+        options = {"chunk_size": 4, "dtype": "float32", "batch_size": 2}
+        content = {"complete": len(calls) > 1, "rows": [{"milliseconds": float(len(calls))}], "options": options}
+        content |= {
+            "machine": {"processor": "CPU"},
+            "rates": {"flops_per_second": 2e9, "bytes_per_second": 3e9},
+        }
+        folder = Path(calls[-1][-1])
+        folder.mkdir(exist_ok=True)
+        (folder / "layer.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(figures.Setting, "cli", measure)
+    for expected in (1.0, 2.0, 2.0):
+        rows = setting.bench("some", "--d_model", 32)
+        assert rows.to_dict("records") == [
+            {"milliseconds": expected, "call": "some", "chunk_size": 4, "dtype": "float32", "batch_size": 2}
+        ]
+        assert capsys.readouterr().out == "some: CPU, matrix products at 2 GFLOP/s, copies at 3.0 GB/s\n"
+    assert calls == 2 * [["bench", "layer", "--d_model", "32", "--output", str(setting.results / "some")]]
+
+
+def test_variants_of_the_ablations_look_different() -> None:
+    names = [
+        "attention",
+        "rnn",
+        "rat",
+        "rat-swa",
+        "attention-swa",
+        "rat-L1",
+        "rat-L4",
+        "rat-L16",
+        "rat-L64",
+        "rat-L512",
+    ]
+    looks = {name: figures.look(name) for name in names}
+    seen = {(look["color"], look.get("linestyle"), look["marker"]) for look in looks.values()}
+    assert len(seen) == len(names)
+    darkness = [-sum(looks[f"rat-L{size}"]["color"][:3]) for size in (1, 4, 16, 64, 512)]
+    assert darkness == sorted(darkness)
+    assert figures.look("attention-swa-nope") == looks["attention-swa"]
+
+
+def test_perplexity_against_the_chunk_size(ax: Axes) -> None:
+    figures.against_chunk_size(ax, runs(), "loss", "loss, nats")
+    (points,) = ax.containers
+    line, _, (bars,) = points
+    assert line.get_xydata().tolist() == [[4, 10], [16, 13]]
+    assert np.ptp(bars.get_segments()[1][:, 1]) == pytest.approx(2 * 2**0.5)
+    across = {line.get_label(): set(line.get_ydata()) for line in ax.lines if len(set(line.get_ydata())) == 1}
+    assert across == {"rnn": {20.0}, "rat-swa": {9.0}}
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["4", "16"]
+
+
+def test_loss_by_position_is_a_mean_over_seeds(ax: Axes) -> None:
+    columns = ["variant", "seed", "first", "last", "loss"]
+    rows = [("rnn", 0, 1, 1, 5.0), ("rnn", 0, 2, 8, 3.0), ("rnn", 1, 1, 1, 6.0), ("rnn", 1, 2, 8, 3.0)]
+    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=4)
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 5.5], [4, 3]])
+    assert "trained at 4" in [text.get_text() for text in ax.texts]
+    ax.clear()
+    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=4, perplexity=True)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), np.exp([5.5, 3]))
+    assert ax.get_yscale() == "log"
+
+
+def test_losses_between_positions_weigh_by_positions() -> None:
+    rows = [("rnn", 1, 2, 9.0), ("rnn", 3, 3, 1.0), ("rnn", 4, 6, 5.0), ("rat", 3, 6, 2.0), ("rat", 7, 12, 9.0)]
+    positions = pd.DataFrame(rows, columns=["variant", "first", "last", "loss"])
+    assert figures.loss_between(positions, 2, 6).to_dict() == {"rnn": 4.0, "rat": 2.0}
+
+
+def test_accuracies_are_the_last_ones_of_each_run(ax: Axes) -> None:
+    rows = [
+        ("a-s0", 9, "val/accuracy_by_distance/4", 0.5), ("a-s0", 5, "val/accuracy_by_distance/4", 0.1),
+        ("a-s0", 9, "val/accuracy_by_distance/1", 1.0), ("a-s1", 9, "val/accuracy_by_distance/4", 0.7),
+        ("a-s1", 9, "val/accuracy_by_items/4", 0.2), ("a-s1", 9, "val/accuracy", 0.3),
+    ]  # fmt: skip
+    curves = pd.DataFrame(rows, columns=["run", "step", "tag", "value"]).assign(
+        variant="attention", seed=lambda table: table.run.str[-1].astype(int)
+    )
+    table = figures.accuracies(curves, "distance")
+    found = sorted(table[["seed", "upto", "accuracy"]].itertuples(index=False, name=None))
+    assert found == [(0, 1, 1.0), (0, 4, 0.5), (1, 4, 0.7)]
+    figures.by_octave(ax, table, "distance", chance=0.1)
+    ((line, *_),) = ax.containers
+    np.testing.assert_allclose(line.get_xydata(), [[1, 1], [4, 0.6]])
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1", "3–4"]
+    ax.clear()
+    figures.by_octave(ax, table, "items", chance={1: 1.0, 4: 2 / 7})
+    (levels,) = (line for line in ax.lines if line.get_label() == "guessing")
+    np.testing.assert_allclose(levels.get_ydata(), [1.0, 2 / 7])
+
+
+def test_guessing_one_of_the_values() -> None:
+    assert (figures.guessing(1, 1), figures.guessing(3, 4), figures.guessing(1, 8)) == (1.0, 2 / 7, 8 / 36)
+
+
+def test_what_is_remembered_is_told_by_the_last_octave() -> None:
+    ends = {"attention": (1.0, 0.98), "rat": (0.9, 0.5), "rat-swa": (0.5, 0.48), "rnn": (0.9, 0.16)}
+    rows = [
+        (variant, seed, upto, accuracy + shift)
+        for variant, values in ends.items()
+        for seed, shift in enumerate((-0.01, 0.01))
+        for upto, accuracy in zip((1, 8), values, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["variant", "seed", "upto", "accuracy"])
+    assert figures.remembered(table, {1: 1.0, 8: 0.15}) == (
+        "attention 1.00 → 0.98 ± 0.01 (holds), rat 0.90 → 0.50 ± 0.01 (degrades), "
+        "rat-swa 0.50 → 0.48 ± 0.01 (is level), rnn 0.90 → 0.16 ± 0.01 (guesses)"
+    )
+
+
+def test_hybrids_take_the_mean_of_their_layers_times() -> None:
+    times = {"attention": 8.0, "rat": 2.0, "sliding_window": 4.0, "rnn": 1.0}
+    cells = [
+        {"call": size, "mode": mode, "seq_len": 100, "chunk_size": size, "batch_size": 3, "contender": name,
+         "milliseconds": time}
+        for size in (4, 16) for mode in ("train", "decode") for name, time in times.items()
+    ]  # fmt: skip
+    speed = figures.layer_speed(pd.DataFrame(cells)).set_index(["mode", "variant", "chunk_size"]).tokens_per_second
+    assert speed["train", "rat-L4", 4] == 1000 * 300 / 2
+    assert speed["decode", "rnn", 16] == 1000 * 3 / 1
+    assert speed["train", "attention-swa", 4] == 1000 * 300 / 6
+    assert speed["train", "rat-swa", 16] == 1000 * 300 / 3
+    assert ("train", "rat-swa", 4) not in speed.index, "the ablation's hybrid has chunks of 16"
+
+
+def test_means_in_words() -> None:
+    means = figures.over_seeds(runs(), ["variant"], "loss")
+    assert (
+        figures.in_words(means, "variant", digits=1) == "rat-swa 9.0, rat-L4 10.0 ± 0.0, rat-L16 13.0 ± 1.4, rnn 20.0"
+    )
+
+
+@pytest.mark.parametrize("pattern", [["rat"], ["rnn", "attention"]])
+def test_what_is_seen_inside_is_what_the_layers_do(pattern: list[str]) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=16, d_model=8, num_layers=2, num_heads=2, num_groups=1, pattern=pattern, chunk_size=4, max_seq_len=9
+    )  # type: ignore[arg-type]
+    model = CausalLM(config).eval()
+    inside = figures.look_inside(model, range(9))
+    gated = [i for i, name in enumerate(config.layer_names()) if name != "attention"]
+    assert list(inside) == gated
+    with torch.no_grad():
+        first = model.layers[0]
+        x = first.mixer_norm(model.embedding(torch.arange(9)[None]))
+        gate_logits = first.mixer.in_proj(x)[..., 16:24] + first.mixer.gate_bias
+    gates = torch.sigmoid(gate_logits[0])
+    np.testing.assert_allclose(inside[0].memory, 1 / (1 - gates), rtol=1e-5)
+    if pattern == ["rat"]:
+        assert inside[0].weights is not None
+        np.testing.assert_allclose(inside[0].weights, first.mixer.attention_weights(x)[0].detach(), rtol=1e-5)
+    else:
+        assert inside[0].weights is None
+
+
+def test_memory_is_drawn_channel_by_channel_in_order(ax: Axes) -> None:
+    memory = np.array([[4.0, 1.0, 9.0], [6.0, 1.0, 9.0], [5.0, 3.0, 1.0]])
+    figures.lengths_of_memory(ax, {3: figures.Inside(memory, None)}, chunk_size=16)
+    assert ax.lines[0].get_label() == "layer 3"
+    assert ax.lines[0].get_ydata().tolist() == [1, 5, 9]
+    assert set(ax.lines[1].get_ydata()) == {16}
+
+
+def test_texts_become_labels() -> None:
+    assert list(figures.visible([" the", "\n", " ", "$x$"])) == ["the", "↵", "␣", r"\$x\$"]
+    assert figures.share_of_letters("ab c1.") == pytest.approx(4 / 6)
+    assert figures.share_of_letters("") == 0

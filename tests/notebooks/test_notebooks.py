@@ -1,0 +1,69 @@
+"""The notebooks run, and those that are committed hold what a whole run has shown."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_BYTES = 500_000
+OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|mnt|Users)/")
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(cell: Any) -> list[str]:
+    """All that a cell says, pictures left out."""
+    said = []
+    for output in cell.outputs:
+        data = output.get("data", {"text": output.get("text", "")})
+        said += [text for kind, text in data.items() if not kind.startswith("image/png")]
+    return said
+
+
+def test_there_are_five() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["chunk_size", "efficiency", "layer", "lengths", "memory"]
+
+
+@each
+def test_a_committed_notebook_holds_a_whole_run(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run by make notebooks"
+    kinds = [output.output_type for cell in cells for output in cell.outputs]
+    assert "error" not in kinds
+    assert not [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+    for text in (text for cell in cells for text in texts(cell)):
+        assert not OF_A_MACHINE.search(text), text
+    assert path.stat().st_size < MOST_BYTES
+
+
+@each
+def test_a_notebook_asks_shows_and_says_what_is_seen(path: Path) -> None:
+    notebook = nbformat.read(path, 4)
+    title, *_ = notebook.cells[0].source.split("\n")
+    assert title.startswith("# ")
+    assert title.endswith("?")
+    shown = [kind for cell in code_cells(notebook) for output in cell.outputs for kind in output.get("data", {})]
+    assert "image/png" in shown
+    assert "text/markdown" in code_cells(notebook)[-1].outputs[0].data, "a sentence, made of the numbers"
+
+
+@pytest.mark.slow
+@each
+def test_a_notebook_runs_at_the_small_setting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAT_NOTEBOOKS", "small")
+    before = {file: file.stat().st_mtime_ns for file in (ROOT / "docs").rglob("*")}
+    notebook = nbformat.read(path, 4)
+    NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    assert "text/markdown" in code_cells(notebook)[-1].outputs[0].data
+    after = {file: file.stat().st_mtime_ns for file in (ROOT / "docs").rglob("*")}
+    assert after == before, "what is small goes elsewhere"
