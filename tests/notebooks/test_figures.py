@@ -1,8 +1,6 @@
 """What the notebooks draw and say is what the records hold."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import figures
 import matplotlib
@@ -32,64 +30,6 @@ def runs() -> pd.DataFrame:
         ("rat-L4", "rat", 4, 1, 10.0), ("rnn", "rnn", 16, 0, 20.0), ("rat-swa", "rat sliding_window", 16, 0, 9.0),
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=["variant", "pattern", "chunk_size", "seed", "loss"])
-
-
-@pytest.mark.parametrize(("given", "name"), [(None, "full"), ("small", "small"), ("full", "full")])
-def test_the_setting_is_that_of_the_environment(given: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAT_NOTEBOOKS", raising=False)
-    if given:
-        monkeypatch.setenv("RAT_NOTEBOOKS", given)
-    setting = figures.setting()
-    assert setting.name == name
-    assert str(setting).startswith(f"setting: {name}")
-    assert ("no results" in str(setting)) == (name == "small")
-    assert (setting.results == figures.ROOT / "docs" / "results") == (name == "full")
-    assert setting.results == setting.results
-
-
-def test_another_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAT_NOTEBOOKS", "tiny")
-    with pytest.raises(ValueError, match="RAT_NOTEBOOKS is 'tiny': take one of small, full"):
-        figures.setting()
-
-
-def test_commands_are_shown_and_what_they_say_without_the_temporary_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    setting = figures.Setting("small")
-    setting.cli("--help")
-    assert capsys.readouterr().out.startswith("$ python cli.py --help\nusage: python cli.py COMMAND")
-    nowhere = setting.results / "nowhere"
-    with pytest.raises(RuntimeError, match="ended with 2:\nerror: there is no command 'verify'"):
-        setting.cli("verify", nowhere)
-    assert capsys.readouterr().out == "$ python cli.py verify $RESULTS/nowhere\n"
-
-
-def test_what_is_measured_is_not_measured_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setting, calls = figures.Setting("small"), []
-
-    def measure(self: figures.Setting, *arguments: object, quiet: bool) -> None:
-        """The command, which is interrupted in its first call."""
-        assert quiet
-        calls.append([str(argument) for argument in arguments])
-        options = {"chunk_size": 4, "dtype": "float32", "batch_size": 2}
-        content = {"complete": len(calls) > 1, "rows": [{"milliseconds": float(len(calls))}], "options": options}
-        content |= {
-            "machine": {"processor": "CPU"},
-            "rates": {"flops_per_second": 2e9, "bytes_per_second": 3e9},
-        }
-        folder = Path(calls[-1][-1])
-        folder.mkdir(exist_ok=True)
-        (folder / "layer.json").write_text(json.dumps(content))
-
-    monkeypatch.setattr(figures.Setting, "cli", measure)
-    for expected in (1.0, 2.0, 2.0):
-        rows = setting.bench("some", "--d_model", 32)
-        assert rows.to_dict("records") == [
-            {"milliseconds": expected, "call": "some", "chunk_size": 4, "dtype": "float32", "batch_size": 2}
-        ]
-        assert capsys.readouterr().out == "some: CPU, matrix products at 2 GFLOP/s, copies at 3.0 GB/s\n"
-    assert calls == 2 * [["bench", "layer", "--d_model", "32", "--output", str(setting.results / "some")]]
 
 
 def test_variants_of_the_ablations_look_different() -> None:

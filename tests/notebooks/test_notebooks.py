@@ -1,12 +1,15 @@
 """The notebooks run, and those that are committed hold what a whole run has shown."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
+import figures
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from setting import Setting
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -55,6 +58,17 @@ def test_a_notebook_asks_shows_and_says_what_is_seen(path: Path) -> None:
     shown = [kind for cell in code_cells(notebook) for output in cell.outputs for kind in output.get("data", {})]
     assert "image/png" in shown
     assert "text/markdown" in code_cells(notebook)[-1].outputs[0].data, "a sentence, made of the numbers"
+
+
+@each
+def test_a_notebook_uses_what_is_there(path: Path) -> None:
+    """A name that was changed is found here in no time, not by minutes of execution."""
+    owners = {"figures": vars(figures), "setting": {*dir(Setting), "name"}}
+    tree = ast.parse("\n".join(cell.source for cell in code_cells(nbformat.read(path, 4))))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    used = {(node.value.id, node.attr) for node in names if node.value.id in owners}
+    assert used
+    assert [(name, attribute) for name, attribute in used if attribute not in owners[name]] == []
 
 
 @pytest.mark.slow
