@@ -21,7 +21,7 @@ from lightning_modules.scores import Scores, sequence_scores
 from lightning_modules.sharded_checkpoints import MODEL_CONFIG
 from rat import CausalLM, ContextShard, ModelConfig
 from rat.model import IGNORED
-from rat.ops.backend import Backend, describe_backend, set_backend
+from rat.ops.backend import Backend, cpu_multiplies_bf16, describe_backend, set_backend
 from rat.tensor_parallel import check_ranks
 
 Batch = dict[str, Tensor]
@@ -121,7 +121,10 @@ class LanguageModel(LightningModule):
         """Check device and data against the model, and turn the global batch into accumulation."""
         if isinstance(self.trainer.strategy, sharding.FSDP2Strategy):
             check_ranks(self.config, self.trainer.strategy.tensor_parallel_size)
-        _say_once(describe_backend(self.kernel_backend, self.trainer.strategy.root_device, training=stage == "fit"))
+        device, precision = self.trainer.strategy.root_device, str(self.trainer.precision)
+        _say_once(describe_backend(self.kernel_backend, device, training=stage == "fit"))
+        if device.type == "cpu" and precision.startswith("bf16") and not cpu_multiplies_bf16():
+            _say_once(f"trainer.precision {precision}: this CPU has no bf16 instructions, 32-true is faster on it")
         set_backend(self.kernel_backend)
         data = getattr(self.trainer, "datamodule", None)
         vocab_size = getattr(data, "vocab_size", None)

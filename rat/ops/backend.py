@@ -188,6 +188,11 @@ def gpu_capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products in bf16; without them they take longer than those in fp32."""
+    return any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+
+
 def _named(device: torch.device) -> str:
     if device.type != "cuda":
         return f"the {device.type}"

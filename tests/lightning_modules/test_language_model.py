@@ -193,6 +193,34 @@ def test_the_log_says_once_which_backend_runs(
     assert said[0].startswith("kernel backend auto: ")
 
 
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "hints"),
+    [
+        ("bf16-mixed", {"avx2": True, "avx512_bf16": False, "amx_bf16": False}, 1),
+        ("bf16-mixed", {"avx2": True, "avx512_bf16": True, "amx_bf16": False}, 0),
+        ("bf16-mixed", {"neon": True, "bf16": True}, 0),
+        ("32-true", {"avx2": True}, 0),
+    ],
+)
+def test_the_log_hints_at_fp32_where_bf16_is_slow(
+    config: ModelConfig,
+    ragged: Data,
+    make_trainer: Make,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    capabilities: dict[str, bool],
+    hints: int,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    language_model._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        make_trainer(max_steps=1, precision=precision).fit(LanguageModel(config), ragged())
+    said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("trainer.precision")]
+    hint = "trainer.precision bf16-mixed: this CPU has no bf16 instructions, 32-true is faster on it"
+    assert said == hints * [hint]
+
+
 def test_a_schedule_without_an_end_is_refused(config: ModelConfig, ragged: Data, make_trainer: Make) -> None:
     with pytest.raises(ValueError, match=r"set trainer.max_steps"):
         make_trainer(max_steps=-1, max_epochs=-1).fit(LanguageModel(config), ragged())
