@@ -3,6 +3,7 @@
 python docs/write_results.py
 """
 
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -182,8 +183,10 @@ def blocks() -> dict[str, list[str]]:
         "claims": [*claim_lines()],
         "beyond": [*beyond_lines()],
         **{f"{sweep} by {number}": [*accuracy_lines(sweep, number)] for sweep, number in MEMORY if sweep in sweeps()},
+        **{sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()},
     }
-    return tables | {sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()}
+    places = re.findall(r"<!-- begin (.+) -->", REPORT.read_text())
+    return {name: ["No runs yet."] for name in places} | tables
 
 
 def draw() -> None:
@@ -198,7 +201,8 @@ def draw() -> None:
         if sweep in sweeps():
             table = figures.accuracies(read_curves(RESULTS / sweep), number)
             figures.by_octave(ax, table, f"{sweep}: {number}", _chance(sweep, number, table))
-    figures.legend_beside(panels[-1])
+    for ax in [ax for ax in panels if ax.has_data()][-1:]:
+        figures.legend_beside(ax)
     figure.savefig(RESULTS / "memory.png")
 
 

@@ -56,7 +56,7 @@ def sweep(
         lengths: evaluate the loss by position of every finished run at texts of such lengths, in tokens, too.
         options: of fit, for every run.
         runs: folder of all runs.
-        jobs: runs at a time, which share the cores.
+        jobs: runs at a time, which share the cores; OMP_NUM_THREADS bounds the threads of each.
         index: train this one run of the grid alone, in this process: a task of a SLURM array, with as many ranks as
             there are. --dry_run numbers them.
         devices: of each node, for every run. Default: what the files of fit say.
@@ -163,7 +163,7 @@ def _train_all(grid: Grid, jobs: int) -> None:
     waiting = [run for run in grid if not grid.is_finished(run)]
     at_work: dict[BaseProcess, Run] = {}
     failed: list[str] = []
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // jobs))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
     try:

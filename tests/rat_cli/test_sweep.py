@@ -1,5 +1,6 @@
 """A sweep trains what is not finished, goes on where it was, keeps records, and refuses what would spoil them."""
 
+import json
 import os
 import shutil
 import signal
@@ -110,7 +111,7 @@ def test_means_are_over_seeds(cli: Cli, grid: Callable[..., Path], tmp_path: Pat
 
 
 def test_tasks_that_end_together_write_one_table_after_the_other(tmp_path: Path) -> None:
-    records = ROOT / "docs" / "results" / "recall"
+    records = ROOT / "docs" / "results" / "chunk_size"
     for record in records.glob("attention-s*"):
         (tmp_path / record.name).symlink_to(record)
     with ThreadPoolExecutor(8) as pool:
@@ -160,18 +161,21 @@ def test_an_interrupted_sweep_goes_on_to_the_same_weights(
 
 
 def test_a_run_that_fails_is_named_after_the_others(
-    cli: Cli, grid: Callable[..., Path], tmp_path: Path, random_shards: Path
+    cli: Cli, grid: Callable[..., Path], tmp_path: Path, random_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 makes it be
     variants = {
         "wide": {"data.init_args.path": str(tmp_path / "nowhere")},
         "good": {"data.init_args.path": str(random_shards)},
     }
-    result = cli("sweep", "--config", grid(variants=variants, seeds=[0], lengths=None), "--jobs", 2)
+    result = cli("sweep", "--config", grid(variants=variants, seeds=[0], lengths=None))
     assert result.code == 1
     log = tmp_path / "runs" / "grid" / "wide-s0" / "fit.log"
     assert f"1 of the runs did not end well; the same call goes on: wide-s0 ({log})" in result.err
     assert f"{tmp_path / 'nowhere'}" in log.read_text()
     assert list(read_runs(tmp_path / "results").run) == ["good-s0"]
+    summary = json.loads((tmp_path / "runs" / "grid" / "good-s0" / "summary.json").read_text())
+    assert summary["starts"][-1]["environment"]["threads"] == 1
 
 
 @pytest.mark.parametrize(
