@@ -107,22 +107,27 @@ class Setting:
         self.cli("sweep", "--config", file, *words, *folders, *further)
         return self.results / name
 
-    def bench(self, name: str, *arguments: object) -> pd.DataFrame:
-        """Measure layers by `cli.py bench layer`, unless it was done before: remove the folder NAME of the results, and
-        it is done again.
+    def bench(self, name: str, **options: Any) -> pd.DataFrame:
+        """Measure layers by `cli.py bench layer`, unless it was done before with these options: remove the folder NAME
+        of the results, and it is done again.
+
+        Args:
+            name: of the folder.
+            options: of the command.
 
         Returns:
             The rows of layer.json, and with each the call (NAME), chunk_size, dtype and batch_size that it comes from.
         """
         folder = self.results / name
         report = folder / "layer.json"
-        if not (report.is_file() and json.loads(report.read_text())["complete"]):
+        if not (report.is_file() and _is_whole(json.loads(report.read_text()), options)):
             shown = folder if self.small else folder.relative_to(ROOT)
-            self.cli("bench", "layer", *arguments, "--output", shown, quiet=True)
+            words = [word for key, value in options.items() for word in (f"--{key}", _as_word(value))]
+            self.cli("bench", "layer", *words, "--output", shown, quiet=True)
         content = json.loads(report.read_text())
         print(f"{name}: {content['machine']['processor']}, {Rates(**content['rates'])}", flush=True)
-        options = {key: content["options"][key] for key in ("chunk_size", "dtype", "batch_size")}
-        return pd.DataFrame(content["rows"]).assign(call=name, **options)
+        columns = {key: content["options"][key] for key in ("chunk_size", "dtype", "batch_size")}
+        return pd.DataFrame(content["rows"]).assign(call=name, **columns)
 
     def language_sweep(self, name: str, variants: Sequence[str], options: Mapping[str, Any] | None = None) -> Path:
         """`sweep` of language models. Those of the small setting are tiny and read the pages in docs/."""
@@ -159,3 +164,12 @@ def chosen_setting() -> Setting:
     if name not in SETTINGS:
         raise ValueError(f"RAT_NOTEBOOKS is {name!r}: take one of {', '.join(SETTINGS)}")
     return Setting(name)
+
+
+def _is_whole(report: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
+    """Whether a benchmark came to its end, and was called with these options."""
+    return report["complete"] and all(report["options"][key] == value for key, value in options.items())
+
+
+def _as_word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

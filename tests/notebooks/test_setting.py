@@ -45,7 +45,9 @@ def test_what_is_measured_is_not_measured_again(
         """The command, which is interrupted in its first call."""
         assert quiet
         calls.append([str(argument) for argument in arguments])
-        options = {"chunk_size": 4, "dtype": "float32", "batch_size": 2}
+        given = dict(zip(calls[-1][2::2], calls[-1][3::2], strict=True))
+        options = {"chunk_size": int(given["--chunk_size"]), "dtype": given["--dtype"], "batch_size": 2}
+        options |= {"modes": json.loads(given["--modes"])}
         content = {"complete": len(calls) > 1, "rows": [{"milliseconds": float(len(calls))}], "options": options}
         content |= {
             "machine": {"processor": "CPU"},
@@ -56,13 +58,14 @@ def test_what_is_measured_is_not_measured_again(
         (folder / "layer.json").write_text(json.dumps(content))
 
     monkeypatch.setattr(Setting, "cli", measure)
-    for expected in (1.0, 2.0, 2.0):
-        rows = setting.bench("some", "--d_model", 32)
+    for size, expected in ((4, 1.0), (4, 2.0), (4, 2.0), (16, 3.0), (16, 3.0)):
+        rows = setting.bench("some", chunk_size=size, dtype="float32", modes=["train", "decode"])
         assert rows.to_dict("records") == [
-            {"milliseconds": expected, "call": "some", "chunk_size": 4, "dtype": "float32", "batch_size": 2}
+            {"milliseconds": expected, "call": "some", "chunk_size": size, "dtype": "float32", "batch_size": 2}
         ]
         assert capsys.readouterr().out == "some: CPU, matrix products at 2 GFLOP/s, copies at 3.0 GB/s\n"
-    assert calls == 2 * [["bench", "layer", "--d_model", "32", "--output", str(setting.results / "some")]]
+    words = ["--dtype", "float32", "--modes", '["train", "decode"]', "--output", str(setting.results / "some")]
+    assert calls == [["bench", "layer", "--chunk_size", size, *words] for size in ("4", "4", "16")]
 
 
 def test_tiny_language_models_read_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
