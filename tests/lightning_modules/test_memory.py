@@ -14,6 +14,7 @@ from lightning_modules import BadStepGuard, LanguageModel
 from rat import ModelConfig
 from rat.benchmarks.footprint import peak_bytes
 from rat.memory import TrainingStep, training_memory
+from rat.ops.backend import cpu_multiplies_bf16
 
 CONFIG = ModelConfig(vocab_size=4096, d_model=256, num_layers=2, num_heads=4, chunk_size=16, max_seq_len=256)
 STEP = TrainingStep(batch_size=4, seq_len=256)
@@ -34,4 +35,6 @@ def test_fit_takes_what_was_counted(
 
     gc.collect()
     peak = peak_bytes(fit, torch.device("cpu"))
-    assert training_memory(CONFIG, step).total == pytest.approx(peak, rel=0.05)
+    # on a CPU without bf16 instructions, up to an embedding in fp32 more was measured
+    more = 4 * CONFIG.vocab_size * CONFIG.d_model if step.bf16 and not cpu_multiplies_bf16() else 0
+    assert 0.95 * (peak - more) <= training_memory(CONFIG, step).total <= 1.05 * peak

@@ -21,6 +21,7 @@ from rat import CausalLM, ContextShard, ModelConfig
 from rat.benchmarks.footprint import peak_bytes
 from rat.config import MixerName
 from rat.memory import Sharding, TrainingMemory, TrainingStep, largest_batch, loss_workspace, training_memory
+from rat.ops.backend import cpu_multiplies_bf16
 from rat.tensor_parallel import shard_axis, split_heads
 
 CONFIG = ModelConfig(
@@ -115,7 +116,9 @@ def test_a_sharded_model_takes_what_was_counted(step: TrainingStep, off: float) 
         peak = measured(CONFIG, step)
     finally:
         dist.destroy_process_group()
-    assert training_memory(CONFIG, step).total == pytest.approx(peak, rel=off)
+    # on a CPU without bf16 instructions, up to an embedding in fp32 more was measured
+    more = 4 * CONFIG.vocab_size * CONFIG.d_model if step.bf16 and not cpu_multiplies_bf16() else 0
+    assert (1 - off) * (peak - more) <= training_memory(CONFIG, step).total <= (1 + off) * peak
 
 
 # Each with how far the count may be off. FSDP2: gloo copies what it sends, which NCCL does not.
