@@ -103,8 +103,7 @@ class Setting:
         chosen = {variant: content["variants"][variant] for variant in variants}
         given = {"variants": chosen, "seeds": [0], "options": content.get("options", {}) | dict(options)}
         folders = ["--runs", self.results / "runs", "--output", self.results / name]
-        words = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]
-        self.cli("sweep", "--config", file, *words, *folders, *further)
+        self.cli("sweep", "--config", file, *_words(given), *folders, *further)
         return self.results / name
 
     def bench(self, name: str, **options: Any) -> pd.DataFrame:
@@ -122,8 +121,7 @@ class Setting:
         report = folder / "layer.json"
         if not (report.is_file() and _is_whole(json.loads(report.read_text()), options)):
             shown = folder if self.small else folder.relative_to(ROOT)
-            words = [word for key, value in options.items() for word in (f"--{key}", _as_word(value))]
-            self.cli("bench", "layer", *words, "--output", shown, quiet=True)
+            self.cli("bench", "layer", *_words(options), "--output", shown, quiet=True)
         content = json.loads(report.read_text())
         print(f"{name}: {content['machine']['processor']}, {Rates(**content['rates'])}", flush=True)
         columns = {key: content["options"][key] for key in ("chunk_size", "dtype", "batch_size")}
@@ -171,5 +169,7 @@ def _is_whole(report: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
     return report["complete"] and all(report["options"][key] == value for key, value in options.items())
 
 
-def _as_word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def _words(options: Mapping[str, Any]) -> list[str]:
+    """Options of a command as its arguments."""
+    given = {f"--{key}": value if isinstance(value, str) else json.dumps(value) for key, value in options.items()}
+    return [word for pair in given.items() for word in pair]
