@@ -1,8 +1,6 @@
 """Answers to prompts: what generation gives, how they are scored and told, on one rank and on two."""
 
 import json
-import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import together
 from tokenizers import Tokenizer
 
 from datamodules.sft.datamodule import SFTDataModule
@@ -139,13 +138,7 @@ def test_models_that_devices_share_answer_no_prompts() -> None:
         module.predict_step({"prompts": [torch.tensor([1])], "eos_id": 0, "max_new_tokens": 1}, 0)
 
 
-def ranks(rank: int, port: int, prepared: Path, folder: Path) -> None:
-    """One of two processes that torchrun would have started."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+def on_two_ranks(prepared: Path, folder: Path) -> None:
     predict(prepared, folder, strategy=DDPStrategy(), devices=2)
     with pytest.raises(ValueError, match=r"prompts are answered by whole models: take .* cli.py convert --to file"):
         predict(prepared, folder / "refused", strategy=FSDP2Strategy(), devices=2)
@@ -154,9 +147,7 @@ def ranks(rank: int, port: int, prepared: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_find_what_one_does_and_sharded_models_are_refused(prepared: Path, tmp_path: Path) -> None:
     predict(prepared, tmp_path / "alone")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ranks, (port, prepared, tmp_path / "two"), nprocs=2)
+    together(2, on_two_ranks, prepared, tmp_path / "two")
     alone = read(tmp_path / "alone" / "found.jsonl")
     both = [read(tmp_path / "two" / name) for name in ("found.jsonl", "found.1.jsonl")]
     assert [[row["index"] for row in rows] for rows in both] == [[0, 1, 4, 5], [2, 3, 6]]

@@ -4,8 +4,6 @@ Tensor parallelism gives weights shapes of their own. One process trains two ste
 one strategy after another, each from what the last one wrote, and whatever they wrote one process goes on from.
 """
 
-import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from ranks import together
 
 from datamodules.tokens import TokenDataModule
 from lightning_modules import FSDP2Strategy, FSDPStrategy, LanguageModel, LastCheckpoint, OptimizerConfig
@@ -57,14 +56,7 @@ def fit(strategy: str, start: Path | None, folder: Path, steps: int, shards: Pat
     return folder / "last.ckpt"
 
 
-def legs(rank: int, world_size: int, port: int, start: Path, folder: Path, shards: Path) -> None:
-    """A process that torchrun would have started."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+def legs(world_size: int, start: Path, folder: Path, shards: Path) -> None:
     for i, strategy in enumerate(LEGS[world_size]):
         start = fit(strategy, start, folder / str(i), STEPS * (i + 2), shards, world_size)
     for strategy in STARTS:
@@ -80,10 +72,7 @@ def written(
     first = fit("alone", None, folder / "first", STEPS, random_shards)
     convert(first, folder / "model", "model")
     convert(folder / "model", folder / "start.ckpt", "file")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    args = (request.param, port, first, folder, random_shards)
-    torch.multiprocessing.start_processes(legs, args, nprocs=request.param, start_method="forkserver")
+    together(request.param, legs, request.param, first, folder, random_shards)
     return [folder / str(i) / "last.ckpt" for i in range(4)]
 
 

@@ -5,8 +5,6 @@ ends of text are scattered among random tokens, and the last step of an epoch ho
 """
 
 import json
-import os
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import FSDPStrategy as LightningFSDP
+from ranks import together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -220,27 +219,13 @@ def skip(run: Run, shards: Path, world_size: int) -> None:
 Work = Callable[[Path, int], None]
 
 
-def one_of_many(rank: int, world_size: int, port: int, work: Sequence[Work], shards: Path) -> None:
-    """A process that torchrun would have started."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+def do_all(work: Sequence[Work], shards: Path, world_size: int) -> None:
     for do in work:
         do(shards, world_size)
 
 
-def do_together(world_size: int, work: Sequence[Work], shards: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    args = (world_size, port, work, shards)
-    torch.multiprocessing.start_processes(one_of_many, args, nprocs=world_size, start_method="forkserver")
-
-
 def train_together(world_size: int, runs: Sequence[Run], shards: Path) -> None:
-    do_together(world_size, [partial(train, run) for run in runs], shards)
+    together(world_size, do_all, [partial(train, run) for run in runs], shards, world_size)
 
 
 def outcome(run: Run) -> Outcome:
@@ -326,7 +311,8 @@ def test_shared_rows_are_validated_predicted_and_judged_once(random_shards: Path
     runs = [Run(tmp_path / "-".join(case), *case) for case in cases]
     bad = [Run(tmp_path / f"bad-{strategy}", "hybrid", strategy) for strategy in ("context", "tensor")]
     judged = [partial(do, run) for run in bad for do in (stop, skip)]
-    do_together(2, [*(partial(look, run) for run in runs), partial(refuse, tmp_path), *judged], random_shards)
+    work = [*(partial(look, run) for run in runs), partial(refuse, tmp_path), *judged]
+    together(2, do_all, work, random_shards, 2)
     for run in runs:
         one = Run(tmp_path / f"{run.pattern}-{run.strategy}-alone", run.pattern)
         look(one, random_shards)

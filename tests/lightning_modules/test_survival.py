@@ -10,7 +10,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -21,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from ranks import free_port
 
 from datamodules.shards import ShardWriter
 from lightning_modules.atomic import standing
@@ -183,12 +183,6 @@ def make_run(tmp_path: Path, data: Path) -> Iterator[Callable[[], Run]]:
     for process in (process for run in runs for process in run.processes):
         process.kill()
         process.join()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def assert_same_training(run: Run, whole: Run, tolerance: float = 0.0) -> None:

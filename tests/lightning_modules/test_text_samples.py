@@ -1,7 +1,5 @@
 """Texts of a run, and a run that does not notice them."""
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
+from ranks import together
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
@@ -171,12 +170,7 @@ def test_refusals_come_before_training(options: dict[str, Any], message: str) ->
 # --- two processes
 
 
-def on_ranks(rank: int, port: int, folder: Path, config: ModelConfig, data: LightningDataModule) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(rank),
-        "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "here",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def on_two_ranks(folder: Path, config: ModelConfig, data: LightningDataModule) -> None:
     for name, strategy in (("ddp", DDPStrategy), ("fsdp2", FSDP2Strategy)):
         torch.manual_seed(0)
         Trainer(
@@ -191,13 +185,9 @@ def on_ranks(rank: int, port: int, folder: Path, config: ModelConfig, data: Ligh
 def test_one_process_of_two_writes_where_each_holds_whole_weights(
     config: ModelConfig, data: Callable[[], Any], tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     made = data()
     del made.train_dataloader  # it cannot be sent to them
-    args = (port, tmp_path, config, made)
-    torch.multiprocessing.start_processes(on_ranks, args, nprocs=2, start_method="forkserver")
+    together(2, on_two_ranks, tmp_path, config, made)
     assert all(len(list((tmp_path / name).glob("events*"))) == 1 for name in ("ddp", "fsdp2"))
     assert [step for texts in samples(tmp_path / "ddp").values() for step, _ in texts] == [2, 2]
     assert not samples(tmp_path / "fsdp2")

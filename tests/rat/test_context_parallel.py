@@ -7,13 +7,13 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import checked_together
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import fully_shard
@@ -90,21 +90,6 @@ CASES = [
 ]
 # Without a GPU the Triton kernels run in the interpreter, see tests/conftest.py.
 INTERPRETED = Case(("rat",), length=5, chunk_size=2, backend="triton")
-
-
-def on_ranks(rank: int, num_ranks: int, store: str, checks: list[str]) -> None:
-    """A process of the tests below."""
-    torch.set_num_threads(1)
-    soon = timedelta(minutes=2)  # a rank that waits in vain fails
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=soon)
-    for check in checks:
-        globals()[check]()
-    dist.destroy_process_group()
-
-
-def spawn(tmp_path: Path, num_ranks: int, *checks: str) -> None:
-    args = (num_ranks, str(tmp_path / "store"), list(checks))
-    torch.multiprocessing.start_processes(on_ranks, args, nprocs=num_ranks, start_method="forkserver")
 
 
 def results(case: Case, shard: ContextShard | None = None) -> dict[str, Tensor]:
@@ -201,19 +186,18 @@ def bf16_is_as_good_as_in_one_process() -> None:
             assert error <= 1.5 * usual + 1e-3 * wanted[name].norm(), (name, error, usual)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    spawn(
-        tmp_path,
+def test_two_ranks() -> None:
+    checked_together(
         2,
-        "whole_and_dealt_out_agree",
-        "triton_agrees",
-        "weights_may_be_sharded_over_the_same_ranks",
-        "bf16_is_as_good_as_in_one_process",
+        whole_and_dealt_out_agree,
+        triton_agrees,
+        weights_may_be_sharded_over_the_same_ranks,
+        bf16_is_as_good_as_in_one_process,
     )
 
 
-def test_three_ranks(tmp_path: Path) -> None:
-    spawn(tmp_path, 3, "whole_and_dealt_out_agree", "traffic_is_as_counted", "a_group_of_some_ranks_will_do")
+def test_three_ranks() -> None:
+    checked_together(3, whole_and_dealt_out_agree, traffic_is_as_counted, a_group_of_some_ranks_will_do)
 
 
 CHECK = """

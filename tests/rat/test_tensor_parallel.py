@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import checked_together
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -79,21 +78,6 @@ CASES = [
 ]
 # Without a GPU the Triton kernels run in the interpreter, see tests/conftest.py.
 INTERPRETED = Case(("rat",), num_heads=2, length=5, backend="triton", dtype=torch.float32)
-
-
-def on_ranks(rank: int, num_ranks: int, store: str, checks: list[str]) -> None:
-    """A process of the tests below."""
-    torch.set_num_threads(1)
-    soon = timedelta(minutes=2)  # a rank that waits in vain fails
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=soon)
-    for check in checks:
-        globals()[check]()
-    dist.destroy_process_group()
-
-
-def spawn(tmp_path: Path, num_ranks: int, *checks: str) -> None:
-    args = (num_ranks, str(tmp_path / "store"), list(checks))
-    torch.multiprocessing.start_processes(on_ranks, args, nprocs=num_ranks, start_method="forkserver")
 
 
 def tensor_mesh() -> DeviceMesh:
@@ -222,23 +206,22 @@ def triton_agrees() -> None:
     assert_alike(results(INTERPRETED, split, row), results(INTERPRETED, whole, row), INTERPRETED)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
+def test_two_ranks() -> None:
     assert {name for case in CASES for name in case.pattern} == set(get_args(MixerName))
-    spawn(
-        tmp_path,
+    checked_together(
         2,
-        "split_and_whole_agree",
-        "four_sums_a_layer",
-        "what_is_generated_agrees",
-        "parts_may_be_sharded",
-        "bf16_is_as_good_as_in_one_process",
-        "triton_agrees",
+        split_and_whole_agree,
+        four_sums_a_layer,
+        what_is_generated_agrees,
+        parts_may_be_sharded,
+        bf16_is_as_good_as_in_one_process,
+        triton_agrees,
     )
 
 
 @pytest.mark.slow
-def test_four_ranks(tmp_path: Path) -> None:
-    spawn(tmp_path, 4, "split_and_whole_agree", "parts_may_be_sharded", "rows_may_be_dealt_out_as_well")
+def test_four_ranks() -> None:
+    checked_together(4, split_and_whole_agree, parts_may_be_sharded, rows_may_be_dealt_out_as_well)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from ranks import environment, free_port
 
 from datamodules.dataset import make_batch
 from datamodules.tokens import TokenDataModule
@@ -122,9 +122,7 @@ def test_the_last_checkpoint_of_a_folder_that_changes_is_one_line(cli: Cli, tiny
 
 
 def test_ranks_judge_alike(tiny: Path, run: Path, tmp_path: Path, random_shards: Path, write: Write) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = {
         "trainer.devices": 2, "trainer.strategy": "ddp", "trainer.max_steps": 6, "trainer.limit_val_batches": 0,
         "trainer.enable_progress_bar": "true", "data.init_args.batch_size": 1,
@@ -134,14 +132,10 @@ def test_ranks_judge_alike(tiny: Path, run: Path, tmp_path: Path, random_shards:
     script = write(RANK, "rank.py")
     ranks = []
     for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        given = os.environ | environment(rank, 2, port) | own
         command = [sys.executable, str(script), "fit", "--config", str(tiny), *words]
-        ranks.append(
-            subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
+        ranks.append(subprocess.Popen(command, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
         (out, err), (other_out, other_err) = (rank.communicate(timeout=120) for rank in ranks)
     finally:
