@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from datamodules.dataset import TokenDataset
+from datamodules.shards import TokenShards
+from lightning_modules.run_record import read_summary
 from rat_cli.info import InfoCLI
 from rat_cli.plan import NotCountedError, read_plan
 from rat_cli.sweep_results import CONFIG, LENGTHS, RUN, Run
@@ -99,6 +102,40 @@ class Grid:
                     )
             if self.lengths and self.is_finished(run) and not (self.output / run.name / LENGTHS).is_file():
                 raise ValueError(f"{self.output / run.name} was kept without lengths: move it away")
+        self._check_same_text()
+
+    def check_data(self, wanted: list[Run]) -> None:
+        """Ask whether what these runs read is there, and long enough for the lengths.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is too short, or made as training goes, where lengths are asked for.
+        """
+        runs_of = {self.config(run)["data"]["init_args"].get("path"): run.name for run in reversed(wanted)}
+        for path, name in runs_of.items():
+            if path is None:
+                if self.lengths:
+                    raise ValueError(f"{name}: lengths are of prepared text, and its data has no path: leave them out")
+            elif not Path(path).is_dir():
+                raise FileNotFoundError(
+                    f"{name} would read {path}, which is not there: python cli.py prepare makes it, see docs/data.md"
+                )
+            elif self.lengths:
+                TokenDataset(TokenShards(Path(path, "val")), max(self.lengths), eos_id=0)
+
+    def _check_same_text(self) -> None:
+        """Raise ValueError where two records of one folder of data are of different texts."""
+        seen: dict[tuple[str, str], tuple[str, str]] = {}
+        for run in filter(self.is_finished, self):
+            path = self.config(run)["data"]["init_args"].get("path")
+            for start in read_summary(self.output / run.name).get("starts", []):
+                for split, checksum in (start.get("data") or {}).items():
+                    before, other = seen.setdefault((path, split), (checksum, run.name))
+                    if checksum != before:
+                        raise ValueError(
+                            f"{run.name} and {other} in {self.output} read different texts from {path}/{split}: their"
+                            " losses cannot be compared; move the records of one text away"
+                        )
 
 
 def _difference(config: dict[str, Any], path: Path) -> str | None:

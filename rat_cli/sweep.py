@@ -19,7 +19,7 @@ from lightning_modules.run_record import read_summary
 from rat_cli.grid import Grid
 from rat_cli.lengths import evaluate_lengths
 from rat_cli.main import main, rank
-from rat_cli.sweep_results import PAGE, Run, keep_record, write_tables
+from rat_cli.sweep_results import PAGE, Run, keep_record, records, write_tables
 
 LOG = "fit.log"
 _CLI = Path(__file__).parents[1] / "cli.py"
@@ -56,7 +56,7 @@ def sweep(
         lengths: evaluate the loss by position of every finished run at texts of such lengths, in tokens, too.
         options: of fit, for every run.
         runs: folder of all runs.
-        jobs: runs at a time, which share the cores; OMP_NUM_THREADS bounds the threads of each.
+        jobs: runs at a time, which share the cores and the GPUs; OMP_NUM_THREADS bounds the threads of each.
         index: train this one run of the grid alone, in this process: a task of a SLURM array, with as many ranks as
             there are. --dry_run numbers them.
         devices: of each node, for every run. Default: what the files of fit say.
@@ -65,7 +65,7 @@ def sweep(
         table_only: collect the table of what is finished, and train nothing.
 
     Raises:
-        FileNotFoundError: there is nothing to make a table of.
+        FileNotFoundError: there is nothing to make a table of, or to train on.
         ValueError: a variant that fit would not take, arguments out of range, a record or a run that was made with
             other options, runs that failed.
     """
@@ -78,6 +78,7 @@ def sweep(
     elif index is not None:
         (run,) = (run for run in grid if run.index == index)
         if not grid.is_finished(run):
+            grid.check_data([run])
             _train(grid, run)
         if rank() == 0:
             write_tables(output)
@@ -86,6 +87,8 @@ def sweep(
             _train_all(grid, jobs)
         table = write_tables(output)
         print(f"\n{table}\n{output / PAGE}")
+        if others := {run.name for run, _ in records(output)} - {run.name for run in grid}:
+            print(f"note: {', '.join(sorted(others))} in {output} are no runs of this sweep, but in its table")
 
 
 def _check(grid: Grid, jobs: int, index: int | None, *, table_only: bool) -> None:
@@ -123,8 +126,10 @@ def _train(grid: Grid, run: Run) -> None:
         if not _is_trained(grid, run):
             raise ValueError(f"{run.name} has stopped before its last step: the same call goes on")
         if grid.lengths:
-            data = Path(grid.config(run)["data"]["init_args"]["path"])
-            evaluate_lengths({run.name: folder / "model"}, data, grid.lengths, output=folder)
+            config = grid.config(run)
+            data, on_cpu = Path(config["data"]["init_args"]["path"]), config["trainer"]["accelerator"] == "cpu"
+            device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
+            evaluate_lengths({run.name: folder / "model"}, data, grid.lengths, output=folder, device=device)
         keep_record(run, folder, grid.output)
 
 
@@ -161,7 +166,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _train_all(grid: Grid, jobs: int) -> None:
     """Train all that is not finished in processes of their own. Raises ValueError where some fail, after the others."""
     waiting = [run for run in grid if not grid.is_finished(run)]
-    at_work: dict[BaseProcess, Run] = {}
+    grid.check_data(waiting)
+    at_work: dict[int, tuple[BaseProcess, Run]] = {}  # by place, which says what share of the GPUs is theirs
     failed: list[str] = []
     threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // jobs))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -169,29 +175,41 @@ def _train_all(grid: Grid, jobs: int) -> None:
     try:
         with _Progress(grid) as progress:
             while waiting or at_work:
-                while waiting and len(at_work) < jobs:
-                    run = waiting.pop(0)
-                    process = get_context("spawn").Process(target=_in_a_process, args=(grid, run, threads))
+                for place in [place for place in range(jobs) if place not in at_work][: len(waiting)]:
+                    arguments = (grid, run := waiting.pop(0), threads, share_of_gpus(place, jobs, visible_gpus()))
+                    process = get_context("spawn").Process(target=_in_a_process, args=arguments)
                     process.start()
-                    at_work[process] = run
-                ended = wait([process.sentinel for process in at_work], timeout=1)
-                for process in [process for process in at_work if process.sentinel in ended]:
-                    run = at_work.pop(process)
-                    process.join()
-                    if process.exitcode:
-                        failed.append(f"{run.name} ({grid.folder(run) / LOG})")
-                progress.show(list(at_work.values()), failed)
+                    at_work[place] = process, run
+                ended = wait([process.sentinel for process, _ in at_work.values()], timeout=1)
+                for place, (process, run) in [*at_work.items()]:
+                    if process.sentinel in ended:
+                        del at_work[place]
+                        process.join()
+                        if process.exitcode:
+                            failed.append(f"{run.name} ({grid.folder(run) / LOG})")
+                progress.show([run for _, run in at_work.values()], failed)
     finally:
-        for process in at_work:  # after Ctrl-C: they save before they end
+        for process, _ in at_work.values():  # after Ctrl-C: they save before they end
             process.terminate()
-        for process in at_work:
+        for process, _ in at_work.values():
             process.join()
         signal.signal(signal.SIGTERM, before)
     if failed:
         raise ValueError(f"{len(failed)} of the runs did not end well; the same call goes on: {', '.join(failed)}")
 
 
-def _in_a_process(grid: Grid, run: Run, threads: int) -> None:
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(torch.cuda.device_count())] if named is None else [x for x in named.split(",") if x]
+
+
+def share_of_gpus(place: int, jobs: int, gpus: list[str]) -> list[str]:
+    """The GPUs of the job at `place` among so many: each has its own, as long as there are enough."""
+    return gpus[place::jobs] or gpus[place % len(gpus) :][:1] if gpus else []
+
+
+def _in_a_process(grid: Grid, run: Run, threads: int, gpus: list[str]) -> None:
     """Train, with all that is said going to a file."""
     folder = grid.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,6 +217,7 @@ def _in_a_process(grid: Grid, run: Run, threads: int) -> None:
     os.dup2(log, sys.stdout.fileno())
     os.dup2(log, sys.stderr.fileno())
     torch.set_num_threads(threads)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     try:
         _train(grid, run)
     except ValueError as error:

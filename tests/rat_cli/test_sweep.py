@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from rat import CausalLM
+from rat_cli.sweep import share_of_gpus, visible_gpus
 from rat_cli.sweep_results import read_curves, read_positions, read_runs, write_tables
 
 Cli = Callable[..., Any]
@@ -111,7 +112,7 @@ def test_means_are_over_seeds(cli: Cli, grid: Callable[..., Path], tmp_path: Pat
 
 
 def test_tasks_that_end_together_write_one_table_after_the_other(tmp_path: Path) -> None:
-    records = ROOT / "docs" / "results" / "chunk_size"
+    records = ROOT / "docs" / "results" / "recall"
     for record in records.glob("attention-s*"):
         (tmp_path / record.name).symlink_to(record)
     with ThreadPoolExecutor(8) as pool:
@@ -164,15 +165,16 @@ def test_a_run_that_fails_is_named_after_the_others(
     cli: Cli, grid: Callable[..., Path], tmp_path: Path, random_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # as OMP_NUM_THREADS=1 makes it be
+    (tmp_path / "empty").mkdir()
     variants = {
-        "wide": {"data.init_args.path": str(tmp_path / "nowhere")},
+        "wide": {"data.init_args.path": str(tmp_path / "empty")},
         "good": {"data.init_args.path": str(random_shards)},
     }
     result = cli("sweep", "--config", grid(variants=variants, seeds=[0], lengths=None))
     assert result.code == 1
     log = tmp_path / "runs" / "grid" / "wide-s0" / "fit.log"
     assert f"1 of the runs did not end well; the same call goes on: wide-s0 ({log})" in result.err
-    assert f"{tmp_path / 'nowhere'}" in log.read_text()
+    assert f"{tmp_path / 'empty'}" in log.read_text()
     assert list(read_runs(tmp_path / "results").run) == ["good-s0"]
     summary = json.loads((tmp_path / "runs" / "grid" / "good-s0" / "summary.json").read_text())
     assert summary["starts"][-1]["environment"]["threads"] == 1
@@ -188,6 +190,9 @@ def test_a_run_that_fails_is_named_after_the_others(
         ({"variants": {"a": {"model.model.chunk_sise": 2}}}, [], "did you mean --model.model.chunk_size?"),
         ({"variants": {"a": {"model.model.chunk_size": 0}}}, [], "chunk_size"),
         ({"fit": ["nowhere.yaml"]}, [], "nowhere.yaml"),
+        ({"options": {"data.init_args.path": "nowhere"}}, [], "attention-s0 would read nowhere, which is not there: "),
+        ({"options": {"data.init_args.path": "nowhere"}}, ["--index", "1"], "rat-L2-s0 would read nowhere, which is "),
+        ({"lengths": [8, 600]}, [], "fewer than the seq_len + 1 = 601 of a sample"),
         ({"options": {"trainer.callbacks": None}}, [], "lengths are of exported models: add lightning_modules.Export"),
     ],
 )
@@ -207,6 +212,36 @@ def test_a_record_of_other_options_is_not_taken_for_this_one(
     result = cli("sweep", "--config", grid(options={"trainer.max_steps": 3}), "--dry_run")
     assert result.code == 1
     assert f"{tmp_path / 'results' / 'attention-s0'} holds a run with trainer.max_steps 2 instead of 3" in result.err
+
+
+def test_records_of_two_texts_are_no_comparison(cli: Cli, grid: Callable[..., Path], tmp_path: Path) -> None:
+    for index in (0, 1):
+        cli("sweep", "--config", grid(lengths=None), "--index", index)
+    summary = tmp_path / "results" / "rat-L2-s0" / "summary.json"
+    content = json.loads(summary.read_text())
+    content["starts"][-1]["data"]["val"] = 64 * "0"
+    summary.write_text(json.dumps(content))
+    result = cli("sweep", "--config", grid(lengths=None), "--dry_run")
+    assert result.code == 1
+    assert f"rat-L2-s0 and attention-s0 in {tmp_path / 'results'} read different texts from " in result.err
+
+
+def test_records_of_no_run_are_told(cli: Cli, grid: Callable[..., Path]) -> None:
+    for index in (0, 1):
+        cli("sweep", "--config", grid(lengths=None), "--index", index)
+    assert "note:" not in cli("sweep", "--config", grid(lengths=None), "--table_only").out
+    less = grid(lengths=None, variants={"attention": VARIANTS["attention"]})
+    assert "note: rat-L2-s0 in " in cli("sweep", "--config", less, "--table_only").out
+
+
+def test_jobs_share_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [share_of_gpus(place, 2, ["0", "1", "2", "3"]) for place in (0, 1)] == [["0", "2"], ["1", "3"]]
+    assert [share_of_gpus(place, 3, ["4", "5"]) for place in (0, 1, 2)] == [["4"], ["5"], ["4"]]
+    assert share_of_gpus(1, 2, []) == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,MIG-1")
+    assert visible_gpus() == ["3", "MIG-1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
 
 
 def test_a_table_of_nothing_says_so(cli: Cli, grid: Callable[..., Path], tmp_path: Path) -> None:
