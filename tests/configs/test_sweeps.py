@@ -53,3 +53,12 @@ def test_the_chunk_sizes_are_those_between_the_ends(grid: Grid) -> None:
     patterns = {" ".join(config.pattern) for config in found.values()}
     assert patterns == {"attention", "rnn", "rat", "rat sliding_window", "attention sliding_window"}
     assert grid.seeds == [0, 1, 2]
+
+
+@pytest.mark.parametrize("path", [ROOT / "configs/ablation/chunk_size_200m.yaml"], ids=["chunk_size_200m"])
+def test_the_papers_ablation_is_as_large_as_it_says(grid: Grid) -> None:
+    for run in grid:
+        config = grid.config(run)
+        tokens = config["trainer"]["max_steps"] * config["model"]["global_batch_size"] * 4096
+        assert 10e9 <= tokens < 10.01e9
+        assert 1.9e8 < model(grid, run).num_parameters() < 2.3e8
