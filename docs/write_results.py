@@ -11,16 +11,15 @@ from statistics import fmean, stdev
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
 
-import figures
 import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 from scipy.stats import t
 
 from rat.markdown import header, line, write_block
-from rat_cli.sweep_results import PAGE, read_curves, read_positions, read_runs, write_tables
+from rat_cli import figures
+from rat_cli.sweep_results import PAGE, over_seeds, read_curves, read_positions, read_runs, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
@@ -28,7 +27,7 @@ TRAINED = 512  # T of the language models
 WITHIN_1_PERCENT = 0.01  # of the perplexity, as a difference of losses
 ENOUGH = 3  # seeds for a verdict
 CONFIDENCE = 0.95  # of a verdict, each for itself
-NOTHING = 0.02  # of accuracy, above what guessing gets
+NOTHING = 0.02  # of accuracy, above what guessing gets or below all
 MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
 
 
@@ -87,7 +86,7 @@ def sweeps() -> list[str]:
 def positions() -> pd.DataFrame:
     """The loss by position of the runs of chunk_size and positions."""
     found = [read_positions(RESULTS / sweep) for sweep in ("chunk_size", "positions") if sweep in sweeps()]
-    return pd.concat(found, ignore_index=True)
+    return pd.concat([pd.DataFrame(columns=["variant", "seed", "first", "last", "loss"]), *found], ignore_index=True)
 
 
 def beyond() -> pd.DataFrame:
@@ -149,10 +148,12 @@ def claim_lines() -> Iterator[str]:
             continue
         difference = pair[claim.less] - pair[claim.more]
         here = ", ".join(f"{variant} {pair[variant].mean():.3f}" for variant in pair)
-        differs = f"{difference.mean():+.3f}{_spread(difference)}"
+        differs = ("+" if difference.mean() >= 0 else "") + over_seeds(difference)
         said = verdict([*difference], claim.allowance)
         if measure.guessed is not None and pair.mean().max() < measure.guessed + NOTHING:
             said = "both guess"
+        elif measure.guessed is not None and pair.mean().min() > 1 - NOTHING:
+            said = "both solve it"
         yield line(claim.says, claim.paper, measure.says, here, differs, len(pair), said)
 
 
@@ -163,7 +164,7 @@ def beyond_lines() -> Iterator[str]:
     for variant, rows in positions().groupby("variant", sort=False):
         seeds = [one for _, one in rows.groupby("seed")]
         losses = [pd.Series([figures.loss_between(one, *span).iloc[0] for one in seeds]) for span in spans]
-        yield line(variant, len(seeds), *map(_mean, losses))
+        yield line(variant, len(seeds), *map(over_seeds, losses))
 
 
 def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
@@ -172,7 +173,7 @@ def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
     octaves = sorted(table.upto.unique())
     yield from header("variant", "seeds", *(figures.octave(upto) for upto in octaves))
     for variant, rows in table.groupby("variant", sort=False):
-        yield line(variant, rows.seed.nunique(), *(_mean(rows[rows.upto == upto].accuracy) for upto in octaves))
+        yield line(variant, rows.seed.nunique(), *(over_seeds(rows[rows.upto == upto].accuracy) for upto in octaves))
     chance = _chance(sweep, number, table)
     if isinstance(chance, dict):
         yield line("guessing", "", *(f"{chance[upto]:.3f}" for upto in octaves))
@@ -182,7 +183,7 @@ def blocks() -> dict[str, list[str]]:
     """The tables of the page by the names of their places."""
     tables = {
         "claims": [*claim_lines()],
-        "beyond": [*beyond_lines()],
+        **({"beyond": [*beyond_lines()]} if "chunk_size" in sweeps() else {}),
         **{f"{sweep} by {number}": [*accuracy_lines(sweep, number)] for sweep, number in MEMORY if sweep in sweeps()},
         **{sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()},
     }
@@ -193,8 +194,9 @@ def blocks() -> dict[str, list[str]]:
 def draw() -> None:
     """The pictures, beside the records."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
-    figures.by_position(right, positions(), TRAINED)
+    if "chunk_size" in sweeps():
+        figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
+    figures.by_position(right, positions(), [TRAINED], since=16)
     figures.legend_beside(right)
     figure.savefig(RESULTS / "language.png")
     figure, panels = plt.subplots(1, len(MEMORY), figsize=(6 * len(MEMORY), 4.2), sharey=True)
@@ -214,17 +216,10 @@ def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, f
     return 0.1 if sweep == "needles" else None
 
 
-def _mean(values: "pd.Series[float]") -> str:
-    return f"{values.mean():.3f}{_spread(values)}"
-
-
-def _spread(values: "pd.Series[float]") -> str:
-    return f" ± {values.std():.3f}" if len(values) > 1 else ""
-
-
 def main() -> None:
     """Write all of it."""
     matplotlib.use("agg")
+    figures.use_style()
     for sweep in sweeps():
         write_tables(RESULTS / sweep)
     for name, lines in blocks().items():

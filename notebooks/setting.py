@@ -17,12 +17,14 @@ import pandas as pd
 import yaml
 
 from rat.benchmarks.timing import Rates
+from rat_cli import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("small", "full")
 
 # of packages that would show a bar in the page, which commands do in their own output
 warnings.filterwarnings("ignore", message="IProgress not found")
+figures.use_style()
 
 
 @dataclass(frozen=True)

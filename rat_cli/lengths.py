@@ -162,23 +162,15 @@ def _draw(curves: dict[str, Curve], title: str, path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    import pandas as pd
 
-    fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, (_, positions, _) in curves.items():
-        # the mean of a span stands in its middle
-        x = [(entry.first * entry.last) ** 0.5 for entry in positions]
-        y = np.array([entry.loss for entry in positions])
-        within = np.array([entry.within or 0.0 for entry in positions])
-        (line,) = ax.plot(x, y, marker=".", label=name)
-        ax.fill_between(x, y - within, y + within, color=line.get_color(), alpha=0.15, linewidth=0)
-    for trained in sorted({curve.config.max_seq_len for curve in curves.values()}):
-        ax.axvline(trained, color="black", linestyle=":", linewidth=1)
-        where = {"transform": ax.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
-        ax.text(trained, 0.98, f"trained at {trained:,}", fontsize=8, **where)
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    ax.set(xlabel="tokens read before", ylabel="loss, nats per token", title=title)
-    ax.legend(frameon=False)
-    ax.grid(alpha=0.2)
+    from rat_cli import figures
+
+    figures.use_style()
+    fig, ax = plt.subplots(figsize=(8, 4.5))
+    positions = pd.concat([pd.DataFrame(curve.positions).assign(variant=name) for name, curve in curves.items()])
+    figures.by_position(ax, positions, sorted({curve.config.max_seq_len for curve in curves.values()}))
+    ax.set_title(title)
+    figures.legend_beside(ax)
     fig.savefig(path, dpi=150)
     plt.close(fig)

@@ -170,11 +170,12 @@ def _page(runs: pd.DataFrame) -> str:
     for variant, seeds in runs.groupby("variant", sort=False):
         first = seeds.iloc[0]
         counts = [f"{count:,}" for count in (first.parameters, first.cache_bytes, first.tokens, len(seeds))]
-        lines.append(line(variant, *counts, *(_mean(seeds[name].dropna()) for name in measured)))
+        means = [over_seeds(seeds[name].dropna(), 2 if name.endswith("perplexity") else 3) for name in measured]
+        lines.append(line(variant, *counts, *means))
     return "\n".join(lines) + "\n"
 
 
-def _mean(values: "pd.Series[float]") -> str:
-    if values.empty:
-        return ""
-    return f"{values.mean():.4g}" + (f" ± {values.std():.2g}" if len(values) > 1 else "")
+def over_seeds(values: "pd.Series[float]", digits: int = 3) -> str:
+    """Mean and standard deviation for a table: '3.950 ± 0.028', '3.950' of one value, nothing of none."""
+    spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}" if len(values) else ""

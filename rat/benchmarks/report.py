@@ -94,7 +94,7 @@ class Report:
 
 def plot_lines(ax: Any, rows: Sequence[Row], y: str, *, title: str, ylabel: str, floor: str | None = None) -> None:
     """A line for each contender over T on log-log axes, and a dotted one for its floor where there is one."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import NullFormatter
 
     for depth, name in enumerate(dict.fromkeys(row["contender"] for row in rows)):
         mine = [row for row in rows if row["contender"] == name and row[y] is not None]
@@ -108,11 +108,18 @@ def plot_lines(ax: Any, rows: Sequence[Row], y: str, *, title: str, ylabel: str,
     ax.set(xscale="log", yscale="log", title=title, xlabel="T, tokens", ylabel=ylabel)
     ax.set_xticks(ticks, [tokens(length) for length in ticks])
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_log_axis(ax.yaxis)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize="small")
+
+
+def plain_log_axis(axis: Any) -> None:
+    """Marks at 1, 2, 5, 10, 20, ... of a logarithmic axis, written out: 2,000 instead of 2 x 10^3."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda y, _: f"{y:,g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def color(contender: str) -> str | None:

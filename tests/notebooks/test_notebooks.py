@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import figures
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from setting import Setting
+
+from rat_cli import figures
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

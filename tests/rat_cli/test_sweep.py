@@ -108,7 +108,7 @@ def test_means_are_over_seeds(cli: Cli, grid: Callable[..., Path], tmp_path: Pat
     assert len(losses) == 2
     assert losses[0] != losses[1]
     row = (results / "table.md").read_text().splitlines()[-1]
-    assert f"| {losses.mean():.4g} ± {losses.std():.2g} |" in row
+    assert f"| {losses.mean():.3f} ± {losses.std():.3f} |" in row
 
 
 def test_tasks_that_end_together_write_one_table_after_the_other(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import figures
 import matplotlib
 
 matplotlib.use("agg")
@@ -14,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 
 from rat import CausalLM, ModelConfig
+from rat_cli import figures
 
 
 @pytest.fixture
@@ -67,11 +67,11 @@ def test_perplexity_against_the_chunk_size(ax: Axes) -> None:
 def test_loss_by_position_is_a_mean_over_seeds(ax: Axes) -> None:
     columns = ["variant", "seed", "first", "last", "loss"]
     rows = [("rnn", 0, 1, 1, 5.0), ("rnn", 0, 2, 8, 3.0), ("rnn", 1, 1, 1, 6.0), ("rnn", 1, 2, 8, 3.0)]
-    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=4)
+    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=[4])
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 5.5], [4, 3]])
     assert "trained at 4" in [text.get_text() for text in ax.texts]
     ax.clear()
-    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=4, perplexity=True)
+    figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=[4], perplexity=True)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), np.exp([5.5, 3]))
     assert ax.get_yscale() == "log"
 

@@ -1,4 +1,4 @@
-"""The figures of the notebooks and of docs/results.md, and the numbers that they are drawn from."""
+"""The figures of notebooks, pages and commands, and the numbers that they are drawn from."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -12,19 +12,23 @@ import torch
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from rat import CausalLM
-from rat.benchmarks.report import color, plot_lines
+from rat.benchmarks.report import color, plain_log_axis, plot_lines
 from rat.layers import GatedMixer
 from rat.layers.rat import RAT
 
 Chance = float | Mapping[int, float] | None
 
-plt.rcParams.update({
+STYLE = {
     "figure.dpi": 80, "savefig.dpi": 80, "figure.constrained_layout.use": True, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "font.size": 11,
-})  # fmt: skip
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Draw everything alike from here on."""
+    plt.rcParams.update(STYLE)
 
 
 def look(variant: str) -> dict[str, Any]:
@@ -103,36 +107,44 @@ def against_chunk_size(ax: Axes, table: pd.DataFrame, value: str, ylabel: str, *
     ax.set_xticks(points.chunk_size, [f"{size}" for size in points.chunk_size])
     ax.set(xlabel="chunk size L, tokens", ylabel=ylabel, yscale="log" if log else "linear")
     if log:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+        plain_log_axis(ax.yaxis)
+    else:
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
 
 
-def by_position(ax: Axes, positions: pd.DataFrame, trained: int, *, perplexity: bool = False) -> None:
-    """Loss against the tokens read before, a line for each variant, its mean over seeds; `trained` marks T.
+def by_position(
+    ax: Axes, positions: pd.DataFrame, trained: Sequence[int], *, perplexity: bool = False, since: int = 1
+) -> None:
+    """Loss against the tokens read before, a line for each variant, its mean over seeds; `trained` marks every T.
+
+    A band is the 95 % interval of a variant's loss over texts. Where variants have seeds there is none: all read the
+    same texts, so that lines differ by less than bands would say.
 
     Args:
         ax: what is drawn on.
-        positions: of `rat_cli.sweep_results.read_positions`.
-        trained: T of training.
+        positions: of `rat_cli.sweep_results.read_positions`; seed may be missing.
+        trained: the T of training.
         perplexity: draw e to the loss, on a logarithmic axis.
+        since: leave out spans that begin before this position.
     """
-    for variant, rows in positions.groupby("variant", sort=False):
+    for variant, rows in positions[positions["first"] >= since].groupby("variant", sort=False):
         means = over_seeds(rows, ["first", "last"], "loss").sort_values("first")
         middle = np.sqrt(means["first"] * means["last"])  # the mean of a span stands in its middle
         values = np.exp(means["mean"]) if perplexity else means["mean"]
-        ax.plot(middle, values, label=variant, **look(variant))
-    ax.axvline(trained, color="black", linestyle=":", linewidth=1)
+        (line,) = ax.plot(middle, values, label=variant, **look(str(variant)))
+        if "seed" not in rows:
+            within = rows.sort_values("first").within.fillna(0.0).to_numpy()
+            ax.fill_between(middle, values - within, values + within, color=line.get_color(), alpha=0.15, linewidth=0)
     place = {"transform": ax.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
-    ax.text(trained, 0.98, f"trained at {trained:,}", fontsize=9, **place)
+    for length in trained:
+        ax.axvline(length, color="black", linestyle=":", linewidth=1)
+        ax.text(length, 0.98, f"trained at {length:,}", fontsize=9, **place)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     ax.set(xlabel="tokens read before", ylabel="loss, nats per token")
     if perplexity:
         ax.set(ylabel="perplexity (log)", yscale="log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
+        plain_log_axis(ax.yaxis)
 
 
 def loss_between(positions: pd.DataFrame, after: int, upto: int) -> "pd.Series[float]":
@@ -225,12 +237,12 @@ def legend_beside(ax: Axes) -> None:
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
 
 
-def in_words(means: pd.DataFrame, names: str, *, unit: str = "", digits: int = 2) -> str:
+def in_words(means: pd.DataFrame, names: str, *, digits: int = 2) -> str:
     """Rows of `over_seeds` from small to large: 'rat 60.12 ± 0.31, attention 61.00 ± 0.20'; ± is left out for one."""
     parts = []
     for row in means.sort_values("mean").itertuples():
         spread = f" ± {row.std:,.{digits}f}" if row.count > 1 else ""
-        parts.append(f"{getattr(row, names)} {row.mean:,.{digits}f}{spread}{unit}")
+        parts.append(f"{getattr(row, names)} {row.mean:,.{digits}f}{spread}")
     return ", ".join(parts)
 
 
