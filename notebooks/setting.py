@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import yaml
 
-from rat.benchmarks.timing import Rates
+from rat.benchmarks.timing import Rates, machine_facts
 from rat_cli import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,8 +110,8 @@ class Setting:
         return self.results / name
 
     def bench(self, name: str, **options: Any) -> pd.DataFrame:
-        """Measure layers by `cli.py bench layer`, unless it was done before with these options: remove the folder NAME
-        of the results, and it is done again.
+        """Measure layers by `cli.py bench layer`, unless it was done before on such a processor with these options:
+        remove the folder NAME of the results, and it is done again.
 
         Args:
             name: of the folder.
@@ -167,8 +168,9 @@ def chosen_setting() -> Setting:
 
 
 def _is_whole(report: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether a benchmark came to its end, and was called with these options."""
-    return report["complete"] and all(report["options"][key] == value for key, value in options.items())
+    """Whether a benchmark came to its end on a processor like this one, and was called with these options."""
+    here = report["machine"]["processor"] == machine_facts(torch.device("cpu"))["processor"]
+    return report["complete"] and here and all(report["options"][key] == value for key, value in options.items())
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

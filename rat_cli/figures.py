@@ -133,7 +133,7 @@ def by_position(
         values = np.exp(means["mean"]) if perplexity else means["mean"]
         (line,) = ax.plot(middle, values, label=variant, **look(str(variant)))
         if "seed" not in rows:
-            within = rows.sort_values("first").within.fillna(0.0).to_numpy()
+            within = rows.sort_values("first").within.astype(float).fillna(0.0).to_numpy()
             ax.fill_between(middle, values - within, values + within, color=line.get_color(), alpha=0.15, linewidth=0)
     place = {"transform": ax.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}
     for length in trained:
