@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)*)`(?: \(([^()]*)\))?")
 COMMAND = re.compile(r"(?:python|make|pip|sbatch|torchrun|jupyter|bash|\S*bin/\w+) ")
-MARKS = re.compile(r"(?:GPUs|network|Slurm|hours)\b")
+MARKS = re.compile(r"(?:GPUs|network|Slurm|[0-9]+ minutes)\b")
 
 # What stands for a reader's own small files, by the names that the pages give them; the texts are those of the package.
 PROSE = [part for path in sorted((ROOT / "rat").rglob("*.py")) for part in path.read_text().split("\n\n") if part]

@@ -49,7 +49,7 @@ ADDED = {
 # What is run by others, and where.
 ELSEWHERE = {
     "make install": ".ci/run: make test asks for it",
-    "make notebooks": "tests/notebooks/test_notebooks.py",
+    "make notebooks": "tests/notebooks/test_rendering.py",
     "make quickstart": "the working copy below is made by the lines of the Makefile",
     "make tensorboard": "tests/docs/test_tensorboard.py",
     "make test": ".ci/run",

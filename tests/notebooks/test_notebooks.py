@@ -1,4 +1,4 @@
-"""The notebooks run, and those that are committed hold what a whole run has shown."""
+"""The committed notebooks hold what a whole run has shown."""
 
 import ast
 import re
@@ -7,7 +7,6 @@ from typing import Any
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from setting import Setting
 
 from rat_cli import figures
@@ -72,13 +71,11 @@ def test_a_notebook_uses_what_is_there(path: Path) -> None:
     assert [(name, attribute) for name, attribute in used if attribute not in owners[name]] == []
 
 
-@pytest.mark.slow
 @each
-def test_a_notebook_runs_at_the_small_setting(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAT_NOTEBOOKS", "small")
-    before = {file: file.stat().st_mtime_ns for file in (ROOT / "docs").rglob("*")}
-    notebook = nbformat.read(path, 4)
-    NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
-    assert "text/markdown" in code_cells(notebook)[-1].outputs[0].data
-    after = {file: file.stat().st_mtime_ns for file in (ROOT / "docs").rglob("*")}
-    assert after == before, "what is small goes elsewhere"
+def test_its_commands_are_those_of_the_pages(path: Path) -> None:
+    """Which the tests run, see tests/docs."""
+    pages = " ".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    told = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", told, re.MULTILINE | re.DOTALL))
+    commands = [" ".join(line.partition("#")[0].split()) for line in blocks.splitlines()]
+    assert [command for command in commands if command not in " ".join(pages.split())] == []
