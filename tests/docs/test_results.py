@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -29,10 +30,19 @@ def test_every_record_is_in_its_table(sweep: str, tmp_path: Path) -> None:
     assert (tmp_path / TABLE).read_text() == (folder / TABLE).read_text()
 
 
-def test_runs_are_of_clean_commits() -> None:
+def test_runs_are_of_one_clean_commit() -> None:
     for path in write_results.RESULTS.glob("*/*/summary.json"):
-        for start in json.loads(path.read_text())["starts"]:
-            assert start["code"]["dirty"] is False, path
+        starts = json.loads(path.read_text())["starts"]
+        assert {start["code"]["dirty"] for start in starts} == {False}, path
+        assert len({start["code"]["commit"] for start in starts}) == 1, path
+
+
+def test_the_commits_are_in_the_history() -> None:
+    listed = subprocess.run(["git", "rev-list", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or (ROOT / ".git" / "shallow").exists():
+        pytest.skip("this is no whole clone")
+    commits = {commit for path in write_results.RESULTS.glob(f"*/{TABLE}") for commit in pd.read_csv(path).commit}
+    assert commits <= set(listed.stdout.split())
 
 
 @pytest.mark.parametrize(
