@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md from the records in docs/results, and draw its pictures. Seconds.
+"""Write the tables of docs/results.md and of the README from the records in docs/results, and draw the pictures.
 
 python docs/write_results.py
 """
@@ -22,9 +22,10 @@ from rat_cli import figures
 from rat_cli.sweep_results import PAGE, over_seeds, read_curves, read_positions, read_runs, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, REPORT = ROOT / "docs" / "results", ROOT / "docs" / "results.md"
+RESULTS, PAGES = ROOT / "docs" / "results", (ROOT / "docs" / "results.md", ROOT / "README.md")
 TRAINED = 512  # T of the language models
 WITHIN_1_PERCENT = 0.01  # of the perplexity, as a difference of losses
+NOTHING_YET = ["No runs yet."]
 ENOUGH = 3  # seeds for a verdict
 CONFIDENCE = 0.95  # of a verdict, each for itself
 NOTHING = 0.02  # of accuracy, above what guessing gets or below all
@@ -179,16 +180,34 @@ def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
         yield line("guessing", "", *(f"{chance[upto]:.3f}" for upto in octaves))
 
 
-def blocks() -> dict[str, list[str]]:
-    """The tables of the page by the names of their places."""
-    tables = {
+def trade_off_lines() -> Iterator[str]:
+    """What each backbone keeps of a text and what it reaches, a line for each, from the largest cache to the least."""
+    yield from header("", "cache of a sequence", "perplexity", "recall", "needle", "seeds")
+    measured = {
+        "val/perplexity": (of_runs("chunk_size", "val/perplexity"), 1),
+        "recall": (of_runs("recall", "val/accuracy"), 3),
+        "needles": (of_runs("needles", "val/sequence_accuracy"), 3),
+    }
+    runs = read_runs(RESULTS / "chunk_size").sort_values("cache_bytes", ascending=False, kind="stable")
+    for variant, rows in runs.groupby("variant", sort=False):
+        cells = [over_seeds(found[found.variant == variant].value, digits) for found, digits in measured.values()]
+        yield line(variant, f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", *cells, len(rows))
+
+
+def tables() -> dict[str, list[str]]:
+    """All of them, by name."""
+    of_language = {"beyond": beyond_lines, "trade-off": trade_off_lines} if "chunk_size" in sweeps() else {}
+    return {
         "claims": [*claim_lines()],
-        **({"beyond": [*beyond_lines()]} if "chunk_size" in sweeps() else {}),
+        **{name: [*lines()] for name, lines in of_language.items()},
         **{f"{sweep} by {number}": [*accuracy_lines(sweep, number)] for sweep, number in MEMORY if sweep in sweeps()},
         **{sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()},
     }
-    places = re.findall(r"<!-- begin (.+) -->", REPORT.read_text())
-    return {name: ["No runs yet."] for name in places} | tables
+
+
+def places(page: Path) -> list[str]:
+    """The names of the tables that a page has a place for."""
+    return re.findall(r"<!-- begin (.+) -->", page.read_text())
 
 
 def draw() -> None:
@@ -222,8 +241,10 @@ def main() -> None:
     figures.use_style()
     for sweep in sweeps():
         write_tables(RESULTS / sweep)
-    for name, lines in blocks().items():
-        write_block(REPORT, name, lines)
+    made = tables()
+    for page in PAGES:
+        for name in places(page):
+            write_block(page, name, made.get(name, NOTHING_YET))
     draw()
 
 

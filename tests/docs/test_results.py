@@ -14,10 +14,17 @@ from rat_cli.sweep_results import PAGE, TABLE, write_tables
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_tables_are_those_of_the_records() -> None:
-    text = (ROOT / "docs" / "results.md").read_text()
-    shown = dict(re.findall(r"<!-- begin ([\w ]+) -->\n\n(.*?)\n\n<!-- end \1 -->", text, re.DOTALL))
-    assert shown == {name: "\n".join(lines) for name, lines in write_results.blocks().items()}
+@pytest.mark.parametrize("page", write_results.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_records(page: Path) -> None:
+    shown = dict(re.findall(r"<!-- begin (.+) -->\n\n(.*?)\n\n<!-- end \1 -->", page.read_text(), re.DOTALL))
+    made = write_results.tables()
+    assert shown == {name: "\n".join(made.get(name, write_results.NOTHING_YET)) for name in write_results.places(page)}
+    assert shown
+
+
+def test_every_table_has_a_place() -> None:
+    there = {name for page in write_results.PAGES for name in write_results.places(page)}
+    assert there >= set(write_results.tables())
 
 
 @pytest.mark.parametrize("sweep", write_results.sweeps())
