@@ -28,6 +28,7 @@ WITHIN_1_PERCENT = 0.01  # of the perplexity, as a difference of losses
 NOTHING_YET = ["No runs yet."]
 ENOUGH = 3  # seeds for a verdict
 CONFIDENCE = 0.95  # of a verdict, each for itself
+GUESSED = 8 / 36  # of all answers of recall: one is right of a sample of 1 to 8 pairs
 NOTHING = 0.02  # of accuracy, above what guessing gets or below all
 MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
 
@@ -117,7 +118,7 @@ class Measure(NamedTuple):
 MEASURES = {
     "loss": Measure("validation loss", lambda: of_runs("chunk_size", "val/loss")),
     "beyond": Measure(f"loss at {TRAINED + 1} to {4 * TRAINED:,}", beyond),
-    "recall": Measure("right answers, recall", lambda: of_runs("recall", "val/accuracy"), figures.guessing(1, 8)),
+    "recall": Measure("right answers, recall", lambda: of_runs("recall", "val/accuracy"), GUESSED),
     "needles": Measure("right numbers, needles", lambda: of_runs("needles", "val/sequence_accuracy"), 0.0),
 }
 
@@ -228,11 +229,12 @@ def draw() -> None:
     figure.savefig(RESULTS / "memory.png")
 
 
-def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, float] | None:
-    """What guessing gets, by octave, where it can be told."""
-    if (sweep, number) == ("recall", "items"):
-        return {upto: figures.guessing(upto // 2 + 1, upto) for upto in table.upto.unique()}
-    return 0.1 if sweep == "needles" else None
+def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, float]:
+    """What guessing gets; of recall by octave."""
+    if sweep == "recall":
+        found = figures.guessing(RESULTS / sweep, number)
+        return {upto: found[upto] for upto in table.upto.unique()}
+    return 0.1
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 
+from datamodules.synthetic import Recall
 from rat import CausalLM
 from rat.benchmarks.report import color, plain_log_axis, plot_lines
 from rat.layers import GatedMixer
@@ -187,17 +188,29 @@ def by_octave(ax: Axes, table: pd.DataFrame, xlabel: str, chance: Chance = None)
     ax.set(xlabel=xlabel, ylabel="accuracy of answers", ylim=(-0.02, 1.04))
 
 
-def guessing(fewest: int, most: int) -> float:
-    """The share of right answers in recall if one of a sample's values is guessed.
+def guessing(records: Path, number: str, samples: int = 2000) -> dict[int, float]:
+    """The accuracy by octave of a number (distance or items) of who has learned only which values there are.
 
-    A sample has n pairs and n answers, all n from `fewest` to `most` are alike.
+    Args:
+        records: of a sweep of recall, whose samples with n pairs are so answered with 1 of n right.
+        number: distance or items.
+        samples: to draw.
     """
-    numbers = range(fewest, most + 1)
-    return len(numbers) / sum(numbers)
+    given = yaml.safe_load(min(records.glob("*/config.yaml")).read_text())["data"]["init_args"]
+    task = Recall(**given["task"]["init_args"])
+    right: dict[int, list[float]] = {}
+    for sample in (task.sample(0, "val", i, given["seq_len"]) for i in range(samples)):
+        for distance in sample.distance[sample.distance > 0].tolist():
+            upto = 1 << (({"distance": distance, "items": sample.items}[number]) - 1).bit_length()
+            right.setdefault(upto, []).append(1 / sample.items)
+    return {upto: float(np.mean(shares)) for upto, shares in sorted(right.items())}
 
 
 def remembered(table: pd.DataFrame, chance: Chance) -> str:
-    """How each variant's accuracy goes from the first octave of `accuracies` to the last, and what that is called."""
+    """How each variant's accuracy goes from the first octave of `accuracies` to the last, and what that is called.
+
+    Accuracies that differ by less than the standard deviation over seeds, or by a few hundredths, are called the same.
+    """
     first, last = table.upto.min(), table.upto.max()
     guessed = chance[last] if isinstance(chance, Mapping) else chance or 0.0
     means = over_seeds(table, ["variant", "upto"], "accuracy").set_index(["variant", "upto"])
@@ -208,10 +221,10 @@ def remembered(table: pd.DataFrame, chance: Chance) -> str:
         spread = ends[1]["std"][variant]
         if far >= 0.9:
             said = "holds"
-        elif far < guessed + 0.02:
+        elif far < guessed + max(0.02, spread):
             said = "guesses"
         else:
-            said = "degrades" if near - far > 0.05 else "is level"
+            said = "degrades" if near - far > max(0.05, spread) else "is level"
         parts.append(f"{variant} {near:.2f} → {far:.2f} ± {spread:.2f} ({said})")
     return ", ".join(parts)
 

@@ -14,11 +14,13 @@ from rat_cli.sweep_results import PAGE, TABLE, write_tables
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("page", write_results.PAGES, ids=lambda page: page.name)
-def test_the_tables_are_those_of_the_records(page: Path) -> None:
-    shown = dict(re.findall(r"<!-- begin (.+) -->\n\n(.*?)\n\n<!-- end \1 -->", page.read_text(), re.DOTALL))
+@pytest.mark.parametrize("written", write_results.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_records(written: Path) -> None:
+    shown = dict(re.findall(r"<!-- begin (.+) -->\n\n(.*?)\n\n<!-- end \1 -->", written.read_text(), re.DOTALL))
     made = write_results.tables()
-    assert shown == {name: "\n".join(made.get(name, write_results.NOTHING_YET)) for name in write_results.places(page)}
+    assert shown == {
+        name: "\n".join(made.get(name, write_results.NOTHING_YET)) for name in write_results.places(written)
+    }
     assert shown
 
 

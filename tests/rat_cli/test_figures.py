@@ -1,6 +1,7 @@
 """What the notebooks draw and say is what the records hold."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import matplotlib
 
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from matplotlib.axes import Axes
 
 from rat import CausalLM, ModelConfig
@@ -104,8 +106,15 @@ def test_accuracies_are_the_last_ones_of_each_run(ax: Axes) -> None:
     np.testing.assert_allclose(levels.get_ydata(), [1.0, 2 / 7])
 
 
-def test_guessing_one_of_the_values() -> None:
-    assert (figures.guessing(1, 1), figures.guessing(3, 4), figures.guessing(1, 8)) == (1.0, 2 / 7, 8 / 36)
+def test_guessing_one_of_the_values(tmp_path: Path) -> None:
+    task = {"vocab_size": 18, "num_pairs": 8, "min_pairs": 1, "power_a": 1.0, "noise": False}
+    (tmp_path / "rnn-s0").mkdir()
+    data = {"seq_len": 64, "task": {"init_args": task}}
+    (tmp_path / "rnn-s0" / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": data}}))
+    found = figures.guessing(tmp_path, "items")
+    # of n pairs one answer is right, and samples of n pairs are alike for every n
+    assert found == pytest.approx({1: 1.0, 2: 1 / 2, 4: 2 / 7, 8: 4 / 26}, rel=0.02)
+    assert list(figures.guessing(tmp_path, "distance")) == [1, 4, 8, 16, 32, 64]
 
 
 def test_what_is_remembered_is_told_by_the_last_octave() -> None:
