@@ -73,7 +73,6 @@ CLAIMS = [
     Claim("without RoPE, RAT + SWA beats the RNN", "2.66, 2.67*", "beyond", "rat-swa-nope", "rnn"),
     Claim("RAT recalls more than the RNN", "in words", "recall", "rnn", "rat-L16"),
     Claim("attention recalls more than RAT", "in words", "recall", "rat-L16", "attention"),
-    Claim("L 16 recalls more than L 64", "in words", "recall", "rat-L64", "rat-L16"),
     Claim("RAT finds more needles than the RNN", "in words", "needles", "rnn", "rat-L16"),
     Claim("attention finds more needles than RAT", "in words", "needles", "rat-L16", "attention"),
     Claim("L 16 finds more needles than L 64", "in words", "needles", "rat-L64", "rat-L16"),
