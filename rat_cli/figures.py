@@ -188,6 +188,27 @@ def by_octave(ax: Axes, table: pd.DataFrame, xlabel: str, chance: Chance = None)
     ax.set(xlabel=xlabel, ylabel="accuracy of answers", ylim=(-0.02, 1.04))
 
 
+def while_training(ax: Axes, curves: pd.DataFrame, tag: str, title: str) -> None:
+    """An accuracy against the steps of training, a line for each variant, its mean over seeds."""
+    for variant, rows in curves[curves.tag == tag].groupby("variant", sort=False):
+        means = over_seeds(rows, ["step"], "value")
+        ax.plot(means.step, means["mean"], label=variant, **look(str(variant)))
+    ax.set(xlabel="optimiser step", ylabel="accuracy", ylim=(-0.02, 1.04), title=title)
+
+
+def steps_to(curves: pd.DataFrame, tag: str, level: float) -> str:
+    """After how many steps of training each run's accuracy was first as high: 'rat 300, 450, never'; soonest first."""
+    found = {}
+    for variant, rows in curves[curves.tag == tag].groupby("variant", sort=False):
+        firsts = rows[rows.value >= level].groupby("seed").step.min() + 1  # steps are counted from 0
+        found[variant] = sorted(firsts.reindex(rows.seed.unique()).fillna(np.inf))
+    words = {
+        variant: ", ".join(f"{step:,.0f}" if np.isfinite(step) else "never" for step in steps)
+        for variant, steps in sorted(found.items(), key=lambda item: item[1])
+    }
+    return "; ".join(f"{variant} {said}" for variant, said in words.items())
+
+
 def guessing(records: Path, number: str, samples: int = 2000) -> dict[int, float]:
     """The accuracy by octave of a number (distance or items) of who has learned only which values there are.
 

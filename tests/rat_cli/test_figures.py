@@ -117,6 +117,19 @@ def test_guessing_one_of_the_values(tmp_path: Path) -> None:
     assert list(figures.guessing(tmp_path, "distance")) == [1, 4, 8, 16, 32, 64]
 
 
+def test_when_it_is_learned(ax: Axes) -> None:
+    values = {("rnn", 0): (0.1, 0.2), ("rnn", 1): (0.2, 0.9), ("rat", 0): (0.95, 0.8), ("rat", 1): (0.2, 1.0)}
+    rows = [
+        (v, s, "val/accuracy", step, x)
+        for (v, s), pair in values.items()
+        for step, x in zip((9, 19), pair, strict=True)
+    ]
+    curves = pd.DataFrame(rows, columns=["variant", "seed", "tag", "step", "value"])
+    assert figures.steps_to(curves, "val/accuracy", 0.9) == "rat 10, 20; rnn 20, never"
+    figures.while_training(ax, curves, "val/accuracy", "recall")
+    np.testing.assert_allclose(ax.lines[0].get_xydata(), [[9, 0.15], [19, 0.55]])
+
+
 def test_what_is_remembered_is_told_by_the_last_octave() -> None:
     ends = {"attention": (1.0, 0.98), "rat": (0.9, 0.5), "rat-swa": (0.5, 0.48), "rnn": (0.9, 0.16)}
     rows = [
