@@ -218,11 +218,15 @@ def draw() -> None:
     figures.by_position(right, positions(), [TRAINED], since=16)
     figures.legend_beside(right)
     figure.savefig(RESULTS / "language.png")
-    figure, panels = plt.subplots(1, len(MEMORY), figsize=(6 * len(MEMORY), 4.2), sharey=True)
-    for ax, (sweep, number) in zip(panels, MEMORY, strict=True):
-        if sweep in sweeps():
-            table = figures.accuracies(read_curves(RESULTS / sweep), number)
-            figures.by_octave(ax, table, f"{sweep}: {number}", _chance(sweep, number, table))
+    figure, panels = plt.subplots(1, 3, figsize=(18, 4.2), sharey=True)
+    for ax, number in zip(panels, ("items", "distance"), strict=False):
+        if "recall" in sweeps():
+            table = figures.accuracies(read_curves(RESULTS / "recall"), number)
+            figures.by_octave(ax, table, f"recall: {number}", _chance("recall", number, table))
+    if "needles" in sweeps():  # at the end nearly all find it, at any distance
+        figures.while_training(
+            panels[-1], read_curves(RESULTS / "needles"), "val/sequence_accuracy", "needles, while training"
+        )
     for ax in [ax for ax in panels if ax.has_data()][-1:]:
         figures.legend_beside(ax)
     figure.savefig(RESULTS / "memory.png")

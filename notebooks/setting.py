@@ -18,14 +18,12 @@ import torch
 import yaml
 
 from rat.benchmarks.timing import Rates, machine_facts
-from rat_cli import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("small", "full")
 
 # of packages that would show a bar in the page, which commands do in their own output
 warnings.filterwarnings("ignore", message="IProgress not found")
-figures.use_style()
 
 
 @dataclass(frozen=True)
@@ -156,7 +154,8 @@ class Setting:
 
 
 def chosen_setting() -> Setting:
-    """The setting that the environment variable RAT_NOTEBOOKS names, full where there is none.
+    """The setting that the environment variable RAT_NOTEBOOKS names, full where there is none. Pictures look alike from
+    here on.
 
     Raises:
         ValueError: it names another.
@@ -164,6 +163,9 @@ def chosen_setting() -> Setting:
     name = os.environ.get("RAT_NOTEBOOKS", "full")
     if name not in SETTINGS:
         raise ValueError(f"RAT_NOTEBOOKS is {name!r}: take one of {', '.join(SETTINGS)}")
+    from rat_cli import figures  # behind the filter above
+
+    figures.use_style()
     return Setting(name)
 
 

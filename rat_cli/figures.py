@@ -242,6 +242,8 @@ def remembered(table: pd.DataFrame, chance: Chance) -> str:
         spread = ends[1]["std"][variant]
         if far >= 0.9:
             said = "holds"
+        elif spread > 0.2:
+            said = "depends on the seed"
         elif far < guessed + max(0.02, spread):
             said = "guesses"
         else:
