@@ -1,5 +1,6 @@
 """The figures of notebooks, pages and commands, and the numbers that they are drawn from."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ def use_style() -> None:
 def look(variant: str) -> dict[str, Any]:
     """Colour, line and marker of a variant: a colour for each backbone, dashes for hybrids, darker for larger L."""
     backbone, _, size = variant.removesuffix("-nope").partition("-")
-    if size.startswith("L"):
+    if re.fullmatch(r"L[1-9]\d*", size):
         shade = min(1.0, 0.3 + 0.7 * np.log2(int(size[1:])) / 9)
         return {"color": plt.get_cmap("Blues")(shade), "marker": "o", "markersize": 4}
     style = {"linestyle": "--", "marker": "s"} if size == "swa" else {"marker": "^" if backbone == "rnn" else "D"}
@@ -132,8 +133,9 @@ def by_position(
         means = over_seeds(rows, ["first", "last"], "loss").sort_values("first")
         middle = np.sqrt(means["first"] * means["last"])  # the mean of a span stands in its middle
         values = np.exp(means["mean"]) if perplexity else means["mean"]
-        (line,) = ax.plot(middle, values, label=variant, **look(str(variant)))
-        if "seed" not in rows:
+        of_sweep = "seed" in rows
+        (line,) = ax.plot(middle, values, label=variant, **look(str(variant)) if of_sweep else {"marker": "."})
+        if not of_sweep:
             within = rows.sort_values("first").within.astype(float).fillna(0.0).to_numpy()
             ax.fill_between(middle, values - within, values + within, color=line.get_color(), alpha=0.15, linewidth=0)
     place = {"transform": ax.get_xaxis_transform(), "rotation": 90, "ha": "right", "va": "top"}

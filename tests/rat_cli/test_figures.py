@@ -53,6 +53,7 @@ def test_variants_of_the_ablations_look_different() -> None:
     darkness = [-sum(looks[f"rat-L{size}"]["color"][:3]) for size in (1, 4, 16, 64, 512)]
     assert darkness == sorted(darkness)
     assert figures.look("attention-swa-nope") == looks["attention-swa"]
+    assert figures.look("rat-Large") == figures.look("rat")
 
 
 def test_perplexity_against_the_chunk_size(ax: Axes) -> None:
@@ -76,6 +77,11 @@ def test_loss_by_position_is_a_mean_over_seeds(ax: Axes) -> None:
     figures.by_position(ax, pd.DataFrame(rows, columns=columns), trained=[4], perplexity=True)
     np.testing.assert_allclose(ax.lines[0].get_ydata(), np.exp([5.5, 3]))
     assert ax.get_yscale() == "log"
+    ax.clear()
+    rows = [(name, 1, 8, 3.0, 0.5) for name in ("rat-RoPE", "rat-NoPE")]
+    figures.by_position(ax, pd.DataFrame(rows, columns=["variant", "first", "last", "loss", "within"]), trained=[4, 8])
+    assert len({line.get_color() for line in ax.lines[:2]}) == len(ax.collections) == 2, "any models, told apart"
+    assert [text.get_text() for text in ax.texts] == ["trained at 4", "trained at 8"]
 
 
 def test_losses_between_positions_weigh_by_positions() -> None:
