@@ -61,7 +61,7 @@ figures: install ## Draw the pictures of the pages again, those of TensorBoard w
 	$(BIN)/python docs/draw_tensorboard.py --runs $(RUNS)
 
 notebooks: install ## Execute the notebooks: they read finished sweeps and measure layers (RAT_NOTEBOOKS=small: a quick look, in RUNS/notebooks)
-	$(BIN)/python -m nbconvert --execute --to notebook $(if $(filter small,$(RAT_NOTEBOOKS)),--output-dir $(RUNS)/notebooks,--inplace) --coalesce-streams --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --execute --to notebook $(if $(filter small,$(RAT_NOTEBOOKS)),--output-dir $(RUNS)/notebooks,--inplace) --CoalesceStreamsPreprocessor.enabled=True --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean: ## Remove caches, prepared data and runs
 	rm -rf data runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
