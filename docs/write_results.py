@@ -182,16 +182,13 @@ def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
 
 def trade_off_lines() -> Iterator[str]:
     """What each backbone keeps of a text and what it reaches, a line for each, from the largest cache to the least."""
-    yield from header("", "cache of a sequence", "perplexity", "recall", "needle", "seeds")
-    measured = {
-        "val/perplexity": (of_runs("chunk_size", "val/perplexity"), 1),
-        "recall": (of_runs("recall", "val/accuracy"), 3),
-        "needles": (of_runs("needles", "val/sequence_accuracy"), 3),
-    }
+    yield from header("", "cache of a sequence", "perplexity", "seeds of it", "recall", "needle")
+    remembered = [MEASURES[name].read() for name in ("recall", "needles")]
     runs = read_runs(RESULTS / "chunk_size").sort_values("cache_bytes", ascending=False, kind="stable")
     for variant, rows in runs.groupby("variant", sort=False):
-        cells = [over_seeds(found[found.variant == variant].value, digits) for found, digits in measured.values()]
-        yield line(variant, f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", *cells, len(rows))
+        cache, perplexity = f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", over_seeds(rows["val/perplexity"], 1)
+        cells = [over_seeds(found[found.variant == variant].value) for found in remembered]
+        yield line(variant, cache, perplexity, len(rows), *cells)
 
 
 def tables() -> dict[str, list[str]]:
