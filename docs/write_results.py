@@ -3,6 +3,8 @@
 python docs/write_results.py
 """
 
+import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +21,17 @@ from scipy.stats import t
 
 from rat.markdown import header, line, write_block
 from rat_cli import figures
-from rat_cli.sweep_results import PAGE, over_seeds, read_curves, read_positions, read_runs, write_tables
+from rat_cli.sweep_results import PAGE, mean_and_spread, read_curves, read_positions, read_runs, write_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGES = ROOT / "docs" / "results", (ROOT / "docs" / "results.md", ROOT / "README.md")
-TRAINED = 512  # T of the language models
 WITHIN_1_PERCENT = 0.01  # of the perplexity, as a difference of losses
 NOTHING_YET = ["No runs yet."]
 ENOUGH = 3  # seeds for a verdict
 CONFIDENCE = 0.95  # of a verdict, each for itself
 GUESSED = 8 / 36  # of all answers of recall: one is right of a sample of 1 to 8 pairs
 NOTHING = 0.02  # of accuracy, above what guessing gets or below all
+MODES = {"train": "train step, D 512", "prefill": "prefill, D 512", "decode": "decoding at position T, 16 rows, D 512"}
 MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
 
 
@@ -90,10 +92,15 @@ def positions() -> pd.DataFrame:
     return pd.concat([pd.DataFrame(columns=["variant", "seed", "first", "last", "loss"]), *found], ignore_index=True)
 
 
+def trained_length() -> int:
+    """T of the language models."""
+    return figures.trained_length(RESULTS / "chunk_size")
+
+
 def beyond() -> pd.DataFrame:
     """Loss of every run over the positions from T + 1 to 4 T: variant, seed, value."""
     found = [
-        (variant, seed, figures.loss_between(rows, TRAINED, 4 * TRAINED).iloc[0])
+        (variant, seed, figures.loss_between(rows, trained := trained_length(), 4 * trained).iloc[0])
         for (variant, seed), rows in positions().groupby(["variant", "seed"], sort=False)
     ]
     return pd.DataFrame(found, columns=["variant", "seed", "value"])
@@ -116,7 +123,7 @@ class Measure(NamedTuple):
 
 MEASURES = {
     "loss": Measure("validation loss", lambda: of_runs("chunk_size", "val/loss")),
-    "beyond": Measure(f"loss at {TRAINED + 1} to {4 * TRAINED:,}", beyond),
+    "beyond": Measure("loss from T to 4 T", beyond),
     "recall": Measure("right answers, recall", lambda: of_runs("recall", "val/accuracy"), GUESSED),
     "needles": Measure("right numbers, needles", lambda: of_runs("needles", "val/sequence_accuracy"), 0.0),
 }
@@ -149,7 +156,7 @@ def claim_lines() -> Iterator[str]:
             continue
         difference = pair[claim.less] - pair[claim.more]
         here = ", ".join(f"{variant} {pair[variant].mean():.3f}" for variant in pair)
-        differs = ("+" if difference.mean() >= 0 else "") + over_seeds(difference)
+        differs = ("+" if difference.mean() >= 0 else "") + mean_and_spread(difference)
         said = verdict([*difference], claim.allowance)
         if measure.guessed is not None and pair.mean().max() < measure.guessed + NOTHING:
             said = "both guess"
@@ -160,12 +167,13 @@ def claim_lines() -> Iterator[str]:
 
 def beyond_lines() -> Iterator[str]:
     """The loss by spans of positions, a line for each variant."""
-    spans = [(TRAINED // 2, TRAINED), (TRAINED, 2 * TRAINED), (2 * TRAINED, 4 * TRAINED)]
+    trained = trained_length()
+    spans = [(trained // 2, trained), (trained, 2 * trained), (2 * trained, 4 * trained)]
     yield from header("variant", "seeds", *(f"{after + 1:,} to {upto:,}" for after, upto in spans))
     for variant, rows in positions().groupby("variant", sort=False):
         seeds = [one for _, one in rows.groupby("seed")]
         losses = [pd.Series([figures.loss_between(one, *span).iloc[0] for one in seeds]) for span in spans]
-        yield line(variant, len(seeds), *map(over_seeds, losses))
+        yield line(variant, len(seeds), *map(mean_and_spread, losses))
 
 
 def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
@@ -174,21 +182,52 @@ def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
     octaves = sorted(table.upto.unique())
     yield from header("variant", "seeds", *(figures.octave(upto) for upto in octaves))
     for variant, rows in table.groupby("variant", sort=False):
-        yield line(variant, rows.seed.nunique(), *(over_seeds(rows[rows.upto == upto].accuracy) for upto in octaves))
+        yield line(
+            variant, rows.seed.nunique(), *(mean_and_spread(rows[rows.upto == upto].accuracy) for upto in octaves)
+        )
     chance = _chance(sweep, number, table)
     if isinstance(chance, dict):
         yield line("guessing", "", *(f"{chance[upto]:.3f}" for upto in octaves))
 
 
 def trade_off_lines() -> Iterator[str]:
-    """What each backbone keeps of a text and what it reaches, a line for each, from the largest cache to the least."""
-    yield from header("", "cache of a sequence", "perplexity", "seeds of it", "recall", "needle")
-    remembered = [MEASURES[name].read() for name in ("recall", "needles")]
+    """What each backbone keeps of a text and what it reaches, a line for each, from the largest cache to the least.
+
+    Where a task's text is no longer than a chunk, a variant computes there what the RNN does, and has no answer of its
+    own.
+    """
     runs = read_runs(RESULTS / "chunk_size").sort_values("cache_bytes", ascending=False, kind="stable")
+    tasks = {name: read_runs(RESULTS / name) for name in ("recall", "needles")}
+    of_tasks = [f"{name}, T {rows.max_seq_len.iloc[0]}" for name, rows in tasks.items()]
+    trained = trained_length()
+    yield from header("", f"cache, T {trained}", f"perplexity, T {trained}", "its seeds", *of_tasks)
+    columns = {"recall": "val/accuracy", "needles": "val/sequence_accuracy"}
     for variant, rows in runs.groupby("variant", sort=False):
-        cache, perplexity = f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", over_seeds(rows["val/perplexity"], 1)
-        cells = [over_seeds(found[found.variant == variant].value) for found in remembered]
+        cache, perplexity = f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", mean_and_spread(rows["val/perplexity"], 1)
+        own = [found[(found.variant == variant) & (found.chunk_size < found.max_seq_len)] for found in tasks.values()]
+        cells = [mean_and_spread(found[column]) for found, column in zip(own, columns.values(), strict=True)]
         yield line(variant, cache, perplexity, len(rows), *cells)
+
+
+def speed_lines() -> Iterator[str]:
+    """How many times as fast as attention a layer of RAT is, by T, as notebooks/efficiency.ipynb has measured it."""
+    paths = sorted((RESULTS / "efficiency").glob("*/layer.json"), reverse=True)  # fp32 first
+    reports = [json.loads(path.read_text()) for path in paths]
+    lengths = sorted({row["seq_len"] for report in reports for row in report["rows"]})
+    yield from header("RAT with L 16 against attention", "dtype", *(f"T {length:,}" for length in lengths))
+    for mode, says in MODES.items():
+        for report in reports:
+            of_rat = [row for row in report["rows"] if row["mode"] == mode and row["contender"] == "rat"]
+            found = {row["seq_len"]: f"{row['speedup']:.1f}x" for row in of_rat}
+            if found:
+                dtype = report["options"]["dtype"]
+                yield line(says, {"float32": "fp32", "bfloat16": "bf16"}[dtype], *(found[T] for T in lengths))
+    yield ""
+    rates = {report["options"]["dtype"]: report["rates"]["flops_per_second"] / 1e9 for report in reports}
+    yield (
+        f"On {reports[0]['machine']['threads']} cores of an {reports[0]['machine']['processor']}, matrix products at "
+        f"{rates['float32']:.0f} GFLOP/s in fp32 and {rates['bfloat16']:.0f} in bf16."
+    )
 
 
 def tables() -> dict[str, list[str]]:
@@ -196,6 +235,7 @@ def tables() -> dict[str, list[str]]:
     of_language = {"beyond": beyond_lines, "trade-off": trade_off_lines} if "chunk_size" in sweeps() else {}
     return {
         "claims": [*claim_lines()],
+        "speed": [*speed_lines()],
         **{name: [*lines()] for name, lines in of_language.items()},
         **{f"{sweep} by {number}": [*accuracy_lines(sweep, number)] for sweep, number in MEMORY if sweep in sweeps()},
         **{sweep: (RESULTS / sweep / PAGE).read_text().splitlines() for sweep in sweeps()},
@@ -207,14 +247,20 @@ def places(page: Path) -> list[str]:
     return re.findall(r"<!-- begin (.+) -->", page.read_text())
 
 
+def drawn_from() -> str:
+    """A hash of all tables, which the pictures carry: whether they are of these records."""
+    return hashlib.sha256(json.dumps(tables()).encode()).hexdigest()
+
+
 def draw() -> None:
     """The pictures, beside the records."""
+    source = {"Source": drawn_from()}
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
     if "chunk_size" in sweeps():
         figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
-    figures.by_position(right, positions(), [TRAINED], since=16)
+    figures.by_position(right, positions(), [trained_length()], since=16)
     figures.legend_beside(right)
-    figure.savefig(RESULTS / "language.png")
+    figure.savefig(RESULTS / "language.png", metadata=source)
     figure, panels = plt.subplots(1, 3, figsize=(18, 4.2), sharey=True)
     for ax, number in zip(panels, ("items", "distance"), strict=False):
         if "recall" in sweeps():
@@ -224,9 +270,8 @@ def draw() -> None:
         figures.while_training(
             panels[-1], read_curves(RESULTS / "needles"), "val/sequence_accuracy", "needles, while training"
         )
-    for ax in [ax for ax in panels if ax.has_data()][-1:]:
-        figures.legend_beside(ax)
-    figure.savefig(RESULTS / "memory.png")
+    figures.legend_beside(panels[-1], *panels[:-1])
+    figure.savefig(RESULTS / "memory.png", metadata=source)
 
 
 def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, float]:
@@ -234,7 +279,7 @@ def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, f
     if sweep == "recall":
         found = figures.guessing(RESULTS / sweep, number)
         return {upto: found[upto] for upto in table.upto.unique()}
-    return 0.1
+    return figures.GUESSED_DIGIT
 
 
 def main() -> None:

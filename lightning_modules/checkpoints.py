@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from lightning_modules.atomic import replacing, standing
+from lightning_modules.run_folder import reached_end
 from lightning_modules.sharded_checkpoints import read_folder
 
 
@@ -69,6 +70,9 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
 class LastCheckpoint(ModelCheckpoint):
     """`last.ckpt` in the run's folder, every n optimiser steps and at the end; `--ckpt_path last` resumes from it.
 
+    The last step is saved when all else is done: after its validation, the export of the model and the final metrics.
+    A run that is killed before goes on from the checkpoint before, and does not leave them out.
+
     Args:
         every_n_train_steps: how much work an interruption may cost, in optimiser steps.
         dirpath: where, if not in the folder `checkpoints` of the logger's.
@@ -78,6 +82,11 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(
             dirpath, save_last=True, save_top_k=0, every_n_train_steps=every_n_train_steps, enable_version_counter=False
         )
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Save every n steps."""
+        if not reached_end(trainer):
+            super().on_train_batch_end(trainer, *args, **kwargs)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last step too, wherever it falls."""

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_modules.checkpoints import LastCheckpoint
+from lightning_modules.run_folder import reached_end
 from lightning_modules.slurm import end_of_job, job_id, requeue
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -76,8 +77,11 @@ class Preemption(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop all ranks if one of them is to stop, once the gradients that were accumulated have been used."""
-        if trainer.global_step == self._step:
+        """Stop all ranks if one of them is to stop, once the gradients that were accumulated have been used.
+
+        After the last step there is nothing left to stop: training ends by itself.
+        """
+        if trainer.global_step == self._step or reached_end(trainer):
             return
         self._step = trainer.global_step
         if trainer.strategy.reduce_boolean_decision(self._is_to_stop(), all=False):

@@ -102,8 +102,14 @@ class RunRecord(Callback):
         self._write(trainer, "running")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say whether training has come to its end."""
-        self._write(trainer, "finished" if reached_end(trainer) else "stopped")
+        """Say whether training has come to its end; a run that was killed after its last save has done so now."""
+        if self._starts:
+            self._write(trainer, "finished" if reached_end(trainer) else "stopped")
+        elif self._folder is not None and trainer.is_global_zero and reached_end(trainer):
+            before = read_summary(self._folder)
+            if before.get("starts") and before["status"] != "finished" and before["steps"] == trainer.global_step:
+                before["starts"][-1]["status"] = before["status"] = "finished"
+                self._keep(before)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write down what ends this rank, before it ends."""
@@ -141,6 +147,10 @@ class RunRecord(Callback):
             "peak_memory": peak_memory(trainer.strategy.root_device), "skipped_steps": sum(skipped),
             "restarts": len(self._starts) - 1, "starts": self._starts,
         }  # fmt: skip
+        self._keep(summary)
+
+    def _keep(self, summary: dict[str, Any]) -> None:
+        assert self._folder is not None
         try:
             with replacing(self._folder / SUMMARY) as partial:
                 partial.write_text(json.dumps(_json(summary), indent=2) + "\n")

@@ -20,6 +20,7 @@ from rat.benchmarks.report import color, plain_log_axis, plot_lines
 from rat.layers import GatedMixer
 from rat.layers.rat import RAT
 
+GUESSED_DIGIT = 0.1  # the accuracy of who answers a needle with any digits
 Chance = float | Mapping[int, float] | None
 
 STYLE = {
@@ -230,7 +231,7 @@ def guessing(records: Path, number: str, samples: int = 2000) -> dict[int, float
 
 
 def remembered(table: pd.DataFrame, chance: Chance) -> str:
-    """How each variant's accuracy goes from the first octave of `accuracies` to the last, and what that is called.
+    """How each variant's accuracy goes from the first octave of `accuracies` to the last, by what that is called.
 
     Accuracies that differ by less than the standard deviation over seeds, or by a few hundredths, are called the same.
     """
@@ -238,7 +239,7 @@ def remembered(table: pd.DataFrame, chance: Chance) -> str:
     guessed = chance[last] if isinstance(chance, Mapping) else chance or 0.0
     means = over_seeds(table, ["variant", "upto"], "accuracy").set_index(["variant", "upto"])
     ends = [means.xs(upto, level="upto") for upto in (first, last)]
-    parts = []
+    parts: dict[str, list[str]] = {}
     for variant in ends[1].sort_values("mean", ascending=False).index:
         near, far = (end["mean"].get(variant, np.nan) for end in ends)
         spread = ends[1]["std"][variant]
@@ -247,11 +248,11 @@ def remembered(table: pd.DataFrame, chance: Chance) -> str:
         elif spread > 0.2:
             said = "depends on the seed"
         elif far < guessed + max(0.02, spread):
-            said = "guesses"
+            said = "is guessed"
         else:
             said = "degrades" if near - far > max(0.05, spread) else "is level"
-        parts.append(f"{variant} {near:.2f} → {far:.2f} ± {spread:.2f} ({said})")
-    return ", ".join(parts)
+        parts.setdefault(said, []).append(f"{variant} {near:.2f} → {far:.2f} ± {spread:.2f}")
+    return "; ".join(f"it {said} in {', '.join(variants)}" for said, variants in parts.items())
 
 
 def octave(upto: int) -> str:
@@ -270,9 +271,13 @@ def latency(rows: pd.DataFrame, titles: Mapping[str, str]) -> plt.Figure:
     return figure
 
 
-def legend_beside(ax: Axes) -> None:
-    """The legend to the right of the axes."""
-    ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
+def legend_beside(ax: Axes, *others: Axes) -> None:
+    """The legend to the right of the axes, of all that is labelled there or in other panels."""
+    found: dict[str, Any] = {}
+    for panel in (ax, *others):
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    ax.legend(found.values(), found, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)
 
 
 def in_words(means: pd.DataFrame, names: str, *, digits: int = 2) -> str:

@@ -14,13 +14,15 @@ from datamodules.shards import TokenShards
 from lightning_modules.run_record import read_summary
 from rat_cli.info import InfoCLI
 from rat_cli.plan import NotCountedError, read_plan
-from rat_cli.sweep_results import CONFIG, LENGTHS, RUN, Run
+from rat_cli.sweep_results import CONFIG, LENGTHS, RUN, Run, read_lengths
 
 # What a run's result follows from, beside its model and data.
 _TRAINER = (
     "max_steps", "max_epochs", "precision", "gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches",
     "limit_train_batches", "limit_val_batches",
 )  # fmt: skip
+# What of the data it does not follow from.
+_READING = ("data.init_args.num_workers", "data.init_args.verify_checksums")
 
 
 @dataclass
@@ -100,16 +102,22 @@ class Grid:
                     raise ValueError(
                         f"{folder} holds a run with {other}: move it away, or change the sweep's name and output"
                     )
-            if self.lengths and self.is_finished(run) and not (self.output / run.name / LENGTHS).is_file():
-                raise ValueError(f"{self.output / run.name} was kept without lengths: move it away")
-        self._check_same_text()
+            if self.lengths and self.is_finished(run):
+                record = self.output / run.name
+                if not (record / LENGTHS).is_file():
+                    raise ValueError(f"{record} was kept without lengths: move it away")
+                # the text is cut at the longest, so that others would be of other windows
+                if (other := read_lengths(record)) != sorted(self.lengths):
+                    raise ValueError(f"{record} was evaluated at the lengths {other}: ask for these, or move it away")
+        self._texts()
 
     def check_data(self, wanted: list[Run]) -> None:
-        """Ask whether what these runs read is there, and long enough for the lengths.
+        """Ask whether what these runs read is there, what the others have read, and long enough for the lengths.
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: it is too short, or made as training goes, where lengths are asked for.
+            ValueError: it is another text than that of the records, or too short, or made as training goes, where
+                lengths are asked for.
         """
         runs_of = {self.config(run)["data"]["init_args"].get("path"): run.name for run in reversed(wanted)}
         for path, name in runs_of.items():
@@ -122,9 +130,19 @@ class Grid:
                 )
             elif self.lengths:
                 TokenDataset(TokenShards(Path(path, "val")), max(self.lengths), eos_id=0)
+        for (path, split), (checksum, name) in self._texts().items():
+            if path in runs_of and TokenShards(Path(path, split)).checksum != checksum:
+                raise ValueError(
+                    f"{Path(path, split)} is not the text that {name} in {self.output} has read: their losses could not"
+                    " be compared; prepare it as before, or give another output"
+                )
 
-    def _check_same_text(self) -> None:
-        """Raise ValueError where two records of one folder of data are of different texts."""
+    def _texts(self) -> dict[tuple[str, str], tuple[str, str]]:
+        """What the records have read: the checksum, and a run that read it, by folder of data and split.
+
+        Raises:
+            ValueError: two records of one folder of data are of different texts.
+        """
         seen: dict[tuple[str, str], tuple[str, str]] = {}
         for run in filter(self.is_finished, self):
             path = self.config(run)["data"]["init_args"].get("path")
@@ -136,6 +154,7 @@ class Grid:
                             f"{run.name} and {other} in {self.output} read different texts from {path}/{split}: their"
                             " losses cannot be compared; move the records of one text away"
                         )
+        return seen
 
 
 def _difference(config: dict[str, Any], path: Path) -> str | None:
@@ -146,7 +165,7 @@ def _difference(config: dict[str, Any], path: Path) -> str | None:
     for section in ("seed_everything", "model", "data", "guard", "trainer"):
         new, old = _flat(config[section], section), _flat(before.get(section), section)
         for key in sorted({*new, *old}):
-            decides = section != "trainer" or key.removeprefix("trainer.") in _TRAINER
+            decides = key.removeprefix("trainer.") in _TRAINER if section == "trainer" else key not in _READING
             if decides and new.get(key) != old.get(key):
                 return f"{key} {old.get(key)} instead of {new.get(key)}"
     return None

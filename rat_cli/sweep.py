@@ -1,11 +1,10 @@
 """A grid of runs, variants times seeds: what is not finished is trained, and all that is becomes one table."""
 
-import fcntl
 import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from lightning_modules.preemption import SIGNALS
 from lightning_modules.run_record import read_summary
 from rat_cli.grid import Grid
 from rat_cli.lengths import evaluate_lengths
 from rat_cli.main import main, rank
-from rat_cli.sweep_results import PAGE, Run, keep_record, records, write_tables
+from rat_cli.sweep_results import LOCK, PAGE, Run, keep_record, records, write_tables
 
 LOG = "fit.log"
 _CLI = Path(__file__).parents[1] / "cli.py"
@@ -83,10 +84,12 @@ def sweep(
         if rank() == 0:
             write_tables(output)
     else:
-        if not table_only:
-            _train_all(grid, jobs)
-        table = write_tables(output)
-        print(f"\n{table}\n{output / PAGE}")
+        try:
+            if not table_only:
+                _train_all(grid, jobs)
+        finally:  # of the runs that have finished, whatever became of the others
+            if table_only or any(records(output)):
+                print(f"\n{write_tables(output)}\n{output / PAGE}")
         if others := {run.name for run, _ in records(output)} - {run.name for run in grid}:
             print(f"note: {', '.join(sorted(others))} in {output} are no runs of this sweep, but in its table")
 
@@ -152,15 +155,11 @@ def _as_command(argv: list[str]) -> Iterator[None]:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other sweeps out of `folder`. Raises ValueError where one is at work."""
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
     try:
-        if rank() == 0:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        with FileLock(folder / LOCK, timeout=0) if rank() == 0 else nullcontext():
+            yield
+    except Timeout:
         raise ValueError(f"another sweep is at work in {folder}: wait for it or stop it") from None
-    finally:
-        os.close(handle)
 
 
 def _train_all(grid: Grid, jobs: int) -> None:
@@ -170,8 +169,8 @@ def _train_all(grid: Grid, jobs: int) -> None:
     at_work: dict[int, tuple[BaseProcess, Run]] = {}  # by place, which says what share of the GPUs is theirs
     failed: list[str] = []
     threads = max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // jobs))
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    before = {number: signal.signal(number, signal.default_int_handler) for number in SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         with _Progress(grid) as progress:
             while waiting or at_work:
@@ -193,7 +192,8 @@ def _train_all(grid: Grid, jobs: int) -> None:
             process.terminate()
         for process, _ in at_work.values():
             process.join()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if failed:
         raise ValueError(f"{len(failed)} of the runs did not end well; the same call goes on: {', '.join(failed)}")
 

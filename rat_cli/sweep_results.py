@@ -1,17 +1,15 @@
 """What the runs of a sweep have found: a record of each, small enough to be kept, and tables of all."""
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 import yaml
+from filelock import FileLock
 
 from lightning_modules.atomic import replacing
 from lightning_modules.event_files import read_scalars
@@ -21,7 +19,8 @@ from rat.markdown import header, line
 
 RUN, CONFIG, SCALARS, LENGTHS = "run.json", "config.yaml", "scalars.csv", "lengths.json"
 TABLE, PAGE = "table.csv", "table.md"
-_ARCHITECTURE = ("chunk_size", "rope_base")
+LOCK = ".lock"
+_ARCHITECTURE = ("chunk_size", "rope_base", "max_seq_len")
 
 
 class Run(NamedTuple):
@@ -64,8 +63,9 @@ def records(output: Path) -> Iterator[tuple[Run, Path]]:
 def read_runs(output: Path) -> pd.DataFrame:
     """One row for each finished run of a sweep.
 
-    Columns: run, variant, seed; pattern, chunk_size and rope_base of the model; parameters, non_embedding_parameters;
-    cache_bytes (of one sequence as long as in training, bf16); steps, tokens; the last value of every val/...; the
+    Columns: run, variant, seed; pattern, chunk_size, rope_base and max_seq_len of the model; parameters,
+    non_embedding_parameters; cache_bytes (of one sequence as long as in training, in bf16, but states of recurrences in
+    fp32); steps, tokens; the last value of every val/...; the
     tokens_per_second of its last start; commit of the code.
 
     Raises:
@@ -92,7 +92,12 @@ def read_positions(output: Path) -> pd.DataFrame:
         FileNotFoundError: there is no finished run that was evaluated so.
     """
     evaluated = [(run, record / LENGTHS) for run, record in records(output) if (record / LENGTHS).is_file()]
-    return _together(output, [(run, _spans(path)) for run, path in evaluated])
+    return _together(output, [(run, pd.DataFrame(_evaluated(path)["positions"])) for run, path in evaluated])
+
+
+def read_lengths(record: Path) -> list[int]:
+    """The lengths that a record's model was evaluated at."""
+    return sorted(int(length) for length in _evaluated(record / LENGTHS)["lengths"])
 
 
 def write_tables(output: Path) -> str:
@@ -104,7 +109,7 @@ def write_tables(output: Path) -> str:
         FileNotFoundError: there is no finished run.
     """
     _some(output)
-    with _one_after_the_other(output):
+    with FileLock(output / LOCK):
         runs = read_runs(output)
         with replacing(output / TABLE) as partial:
             runs.to_csv(partial, index=False, float_format="%.6g")
@@ -119,16 +124,6 @@ def _some(output: Path) -> list[tuple[Run, Path]]:
     if not found:
         raise FileNotFoundError(f"{output} holds no record of a run: python cli.py sweep makes them")
     return found
-
-
-@contextmanager
-def _one_after_the_other(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _row(run: Run, record: Path) -> dict[str, Any]:
@@ -149,9 +144,9 @@ def _row(run: Run, record: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _spans(path: Path) -> pd.DataFrame:
+def _evaluated(path: Path) -> dict[str, Any]:
     (model,) = json.loads(path.read_text())["models"].values()
-    return pd.DataFrame(model["positions"])
+    return model
 
 
 def _together(output: Path, found: list[tuple[Run, pd.DataFrame]]) -> pd.DataFrame:
@@ -170,12 +165,12 @@ def _page(runs: pd.DataFrame) -> str:
     for variant, seeds in runs.groupby("variant", sort=False):
         first = seeds.iloc[0]
         counts = [f"{count:,}" for count in (first.parameters, first.cache_bytes, first.tokens, len(seeds))]
-        means = [over_seeds(seeds[name].dropna(), 2 if name.endswith("perplexity") else 3) for name in measured]
+        means = [mean_and_spread(seeds[name].dropna(), 2 if name.endswith("perplexity") else 3) for name in measured]
         lines.append(line(variant, *counts, *means))
     return "\n".join(lines) + "\n"
 
 
-def over_seeds(values: "pd.Series[float]", digits: int = 3) -> str:
+def mean_and_spread(values: "pd.Series[float]", digits: int = 3) -> str:
     """Mean and standard deviation for a table: '3.950 ± 0.028', '3.950' of one value, nothing of none."""
     spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return f"{values.mean():.{digits}f}{spread}" if len(values) else ""

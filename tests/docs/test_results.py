@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import write_results
+from PIL import Image
 
 from rat_cli.sweep_results import PAGE, TABLE, write_tables
 
@@ -27,6 +28,22 @@ def test_the_tables_are_those_of_the_records(written: Path) -> None:
 def test_every_table_has_a_place() -> None:
     there = {name for page in write_results.PAGES for name in write_results.places(page)}
     assert there >= set(write_results.tables())
+
+
+@pytest.mark.parametrize("picture", ["language.png", "memory.png"])
+def test_the_pictures_are_those_of_the_tables(picture: str) -> None:
+    with Image.open(write_results.RESULTS / picture) as image:
+        assert image.info["Source"] == write_results.drawn_from()
+
+
+def test_language_models_have_read_one_text() -> None:
+    read = [
+        tuple(start["data"].items())
+        for sweep in ("chunk_size", "positions")
+        for path in (write_results.RESULTS / sweep).glob("*/summary.json")
+        for start in json.loads(path.read_text())["starts"]
+    ]
+    assert len({*read}) == 1
 
 
 @pytest.mark.parametrize("sweep", write_results.sweeps())

@@ -140,13 +140,21 @@ def test_a_background_save_that_fails_is_told_and_keeps_the_old_one(
 
 
 class Saves(Callback):
-    """After which steps the Trainer saved, in the order in which it did."""
+    """After which steps the Trainer saved, in the order in which it did; after which it validated in between."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.all: list[str] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:
+        self.all.append(f"validated {trainer.global_step}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LanguageModel) -> None:
+        self.all.append("ended")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LanguageModel, checkpoint: dict[str, Any]) -> None:
         self.steps.append(checkpoint["global_step"])
+        self.all.append(f"saved {checkpoint['global_step']}")
 
 
 @pytest.mark.parametrize(("max_steps", "saved"), [(7, [3, 6, 7]), (6, [3, 6]), (2, [2])])
@@ -166,3 +174,13 @@ def test_the_last_checkpoint_is_saved_every_n_steps_and_at_the_end(
     again.fit(LanguageModel(config), ragged(), ckpt_path="last")
     assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
     assert torch.load(folder / "last.ckpt", weights_only=True)["global_step"] == max_steps + 1
+
+
+def test_the_last_step_is_saved_when_all_else_is_done(config: ModelConfig, ragged: Data, make_trainer: Make) -> None:
+    saves = Saves()
+    trainer = make_trainer(
+        callbacks=[LastCheckpoint(every_n_train_steps=2), saves], enable_checkpointing=True, max_steps=4,
+        val_check_interval=2, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    trainer.fit(LanguageModel(config), ragged())
+    assert saves.all == ["saved 2", "validated 2", "validated 4", "ended", "saved 4"]

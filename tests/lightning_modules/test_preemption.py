@@ -73,7 +73,7 @@ def saved_step(tmp_path: Path) -> int:
 
 
 @pytest.mark.parametrize("number", ALL)
-@pytest.mark.parametrize(("micro_batch", "step"), [(4, 3), (5, 3), (11, 6)])
+@pytest.mark.parametrize(("micro_batch", "step"), [(4, 3), (5, 3), (9, 5)])
 def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     fit: Any, tmp_path: Path, number: int, micro_batch: int, step: int
 ) -> None:
@@ -89,6 +89,16 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(
     assert [seen[1] for seen in kill.seen[1::2] + after.seen[1::2]] == [1, 2, 3, 4, 5, 6]
     for name, x in whole.items():
         torch.testing.assert_close(resumed[name], x, rtol=0, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_signal_in_the_last_step_leaves_nothing_out(fit: Any, tmp_path: Path, number: int) -> None:
+    ended, watch = [], Callback()
+    watch.on_validation_end = lambda trainer, _: ended.append(("validated", trainer.global_step))  # type: ignore[method-assign]
+    watch.on_train_end = lambda trainer, _: ended.append(("ended", trainer.global_step))  # type: ignore[method-assign]
+    fit(Preemption(), Kill(number, 11), watch, limit_val_batches=1, val_check_interval=12, check_val_every_n_epoch=None)
+    assert ended == [("validated", 6), ("ended", 6)]
+    assert saved_step(tmp_path) == 6
 
 
 def test_a_signal_from_before_training_is_waited_with(fit: Any, tmp_path: Path) -> None:

@@ -149,6 +149,17 @@ def test_a_run_that_goes_on_keeps_what_was_before(fit: Fit, folder: Path) -> Non
     assert summary["tokens_per_second"] == pytest.approx(3 * 24 / seconds[1])
 
 
+def test_a_run_that_was_killed_after_its_last_save_is_finished_by_the_next_call(fit: Fit, folder: Path) -> None:
+    first = fit(ModelCheckpoint(folder, every_n_train_steps=5), max_steps=5, enable_checkpointing=True)
+    (path,) = folder.glob("*.ckpt")
+    killed = first | {"status": "running", "starts": [first["starts"][0] | {"status": "running"}]}
+    (folder / "summary.json").write_text(json.dumps(killed))
+    assert fit(ckpt_path=path, max_steps=5) == first
+
+    (folder / "summary.json").write_text(json.dumps(killed | {"steps": 4}))
+    assert fit(ckpt_path=path, max_steps=5)["status"] == "running", "of another checkpoint"
+
+
 def test_training_anew_forgets_what_was_validated(fit: Fit) -> None:
     assert fit(val_check_interval=1)["val_loss"] is not None
     summary = fit(limit_val_batches=0)

@@ -118,7 +118,7 @@ def test_tasks_that_end_together_write_one_table_after_the_other(tmp_path: Path)
     with ThreadPoolExecutor(8) as pool:
         tables = [*pool.map(write_tables, [tmp_path] * 32)]
     assert set(tables) == {(tmp_path / "table.md").read_text()}
-    assert not list(tmp_path.glob(".*"))
+    assert [path.name for path in tmp_path.glob(".*")] == [".lock"]
 
 
 def sweeping(file: Path, *options: str) -> subprocess.Popen[str]:
@@ -176,6 +176,7 @@ def test_a_run_that_fails_is_named_after_the_others(
     assert f"1 of the runs did not end well; the same call goes on: wide-s0 ({log})" in result.err
     assert f"{tmp_path / 'empty'}" in log.read_text()
     assert list(read_runs(tmp_path / "results").run) == ["good-s0"]
+    assert (tmp_path / "results" / "table.md").read_text() in result.out, "of those that did end well"
     summary = json.loads((tmp_path / "runs" / "grid" / "good-s0" / "summary.json").read_text())
     assert summary["starts"][-1]["environment"]["threads"] == 1
 
@@ -212,6 +213,18 @@ def test_a_record_of_other_options_is_not_taken_for_this_one(
     result = cli("sweep", "--config", grid(options={"trainer.max_steps": 3}), "--dry_run")
     assert result.code == 1
     assert f"{tmp_path / 'results' / 'attention-s0'} holds a run with trainer.max_steps 2 instead of 3" in result.err
+    readers = grid(lengths=None, options={"data.init_args.num_workers": 1})
+    assert "finished" in cli("sweep", "--config", readers, "--dry_run").out, "it was another way to read the same"
+
+
+def test_a_record_of_other_lengths_is_not_taken_for_this_one(
+    cli: Cli, grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    cli("sweep", "--config", grid(), "--index", 0)
+    assert cli("sweep", "--config", grid(lengths=[32, 8]), "--dry_run").code == 0
+    result = cli("sweep", "--config", grid(lengths=[8, 16]), "--dry_run")
+    assert result.code == 1
+    assert f"{tmp_path / 'results' / 'attention-s0'} was evaluated at the lengths [8, 32]: " in result.err
 
 
 def test_records_of_two_texts_are_no_comparison(cli: Cli, grid: Callable[..., Path], tmp_path: Path) -> None:
@@ -224,6 +237,20 @@ def test_records_of_two_texts_are_no_comparison(cli: Cli, grid: Callable[..., Pa
     result = cli("sweep", "--config", grid(lengths=None), "--dry_run")
     assert result.code == 1
     assert f"rat-L2-s0 and attention-s0 in {tmp_path / 'results'} read different texts from " in result.err
+
+
+def test_text_that_the_records_have_not_read_is_refused_before_training(
+    cli: Cli, grid: Callable[..., Path], tmp_path: Path
+) -> None:
+    cli("sweep", "--config", grid(lengths=None), "--index", 0)
+    summary = tmp_path / "results" / "attention-s0" / "summary.json"
+    content = json.loads(summary.read_text())
+    content["starts"][-1]["data"]["train"] = 64 * "0"
+    summary.write_text(json.dumps(content))
+    result = cli("sweep", "--config", grid(lengths=None), "--index", 1)
+    assert result.code == 1
+    assert f"train is not the text that attention-s0 in {tmp_path / 'results'} has read" in result.err
+    assert not (tmp_path / "runs" / "grid" / "rat-L2-s0").exists()
 
 
 def test_records_of_no_run_are_told(cli: Cli, grid: Callable[..., Path]) -> None:
