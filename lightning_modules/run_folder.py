@@ -1,10 +1,8 @@
-"""What is known of a run from its Trainer: its folder, its code, the machines it runs on, the samples it sees."""
+"""What is known of a run from its Trainer: its folder, the machines it runs on, the samples it sees."""
 
-import functools
 import os
 import resource
 import socket
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,9 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from rat.benchmarks.timing import machine_facts
-
-_ROOT = Path(__file__).resolve().parents[1]
+from rat.benchmarks.provenance import machine_facts
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -33,24 +29,6 @@ def sample_numbers(trainer: Trainer, batch_idx: int) -> list[int]:
     """The training samples in this rank's micro batch `batch_idx` of the epoch; none if the sampler cannot tell."""
     micro_batch = getattr(getattr(trainer.train_dataloader, "sampler", None), "micro_batch", None)
     return [] if micro_batch is None else micro_batch(batch_idx)
-
-
-@functools.cache
-def code_version() -> dict[str, str | bool | None]:
-    """`package`: the version installed; `commit` and `dirty`: of the git checkout, None where it is none.
-
-    What differs in docs/ alone, such as the tables of a sweep that grow with its runs, makes nothing dirty.
-    """
-    try:
-        package = version("rat-lab")
-    except PackageNotFoundError:
-        package = None
-    changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
-    return {
-        "package": package,
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-    }
 
 
 def environment(trainer: Trainer) -> dict[str, Any]:
@@ -82,13 +60,3 @@ def _installed(name: str) -> bool:
         return bool(version(name))
     except PackageNotFoundError:
         return False
-
-
-def _git(*arguments: str) -> str | None:
-    if not (_ROOT / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", _ROOT, *arguments], capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

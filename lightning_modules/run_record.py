@@ -12,14 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_modules.atomic import replacing
-from lightning_modules.run_folder import (
-    code_version,
-    environment,
-    peak_memory,
-    reached_end,
-    run_folder,
-    sample_numbers,
-)
+from lightning_modules.run_folder import environment, peak_memory, reached_end, run_folder, sample_numbers
+from rat.benchmarks.provenance import code_version
 
 SUMMARY = "summary.json"
 

@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 import yaml
 
-from rat.benchmarks.timing import Rates, machine_facts
+from rat.benchmarks.provenance import machine_facts
+from rat.benchmarks.timing import Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("small", "full")

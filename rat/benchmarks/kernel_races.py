@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rat.benchmarks.floors import Work
 from rat.benchmarks.kernel_cases import CASES, DTYPES, Call, Case, Shape, random_fill
+from rat.benchmarks.provenance import machine
 from rat.benchmarks.report import Report
-from rat.benchmarks.timing import Rates, interleaved, machine, measure_rates
+from rat.benchmarks.timing import Rates, interleaved, measure_rates
 from rat.markdown import header, line, write_block
 from rat.ops.backend import Backend
 

@@ -18,8 +18,8 @@ from rat.benchmarks.kernel_tables import (
     traffic_lines,
 )
 from rat.benchmarks.options import one_of, place, positive
+from rat.benchmarks.provenance import machine
 from rat.benchmarks.report import Report
-from rat.benchmarks.timing import machine
 from rat.benchmarks.traffic import Pass, record
 from rat.markdown import header, line, write_block
 from rat.ops.backend import INTERPRETED, describe_backend

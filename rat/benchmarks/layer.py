@@ -14,9 +14,10 @@ from rat.benchmarks.floors import Mode, work
 from rat.benchmarks.footprint import is_out_of_memory
 from rat.benchmarks.masked import MaskedRAT
 from rat.benchmarks.options import Dtype, one_of, place, positive, precision
+from rat.benchmarks.provenance import machine
 from rat.benchmarks.report import Report, Row, plot_lines
 from rat.benchmarks.steps import Step, make_step
-from rat.benchmarks.timing import Rates, interleaved, machine, measure_rates
+from rat.benchmarks.timing import Rates, interleaved, measure_rates
 from rat.layers import Mixer
 from rat.ops import Backend, use_backend
 from rat.ops.backend import describe_backend

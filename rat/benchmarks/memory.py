@@ -8,9 +8,9 @@ from typing import Any
 from rat.benchmarks.contenders import Contender, backend_of, kept_for_backward, layer_config, make_layer, too_large
 from rat.benchmarks.footprint import is_out_of_memory, peak_bytes
 from rat.benchmarks.options import Dtype, place, positive, precision
+from rat.benchmarks.provenance import machine
 from rat.benchmarks.report import Report, Row, plot_lines
 from rat.benchmarks.steps import make_step
-from rat.benchmarks.timing import machine
 from rat.layers import Mixer
 from rat.ops import Backend, use_backend
 from rat.ops.backend import describe_backend

@@ -12,7 +12,8 @@ from typing import Any, Self
 
 import torch
 
-from rat.benchmarks.timing import Rates, machine_facts
+from rat.benchmarks.provenance import code_version, machine_facts
+from rat.benchmarks.timing import Rates
 
 Row = Mapping[str, Any]
 # One look for a contender in every picture: the two that everything is about first.
@@ -29,9 +30,10 @@ _COLORS = {
 class Report:
     """The results of one call, in `folder`/`name`.json from its first row on.
 
-    The file holds `benchmark`, `options`, `machine`, `rates` (where measured), `complete` (false while it runs, and
-    after an interruption) and lists of rows. It is replaced in one go, so that whoever reads it, at whatever moment,
-    reads all of a state of it. Use as a context manager: leaving it tells where everything is.
+    The file holds `benchmark`, `options`, `machine`, `code` (package, commit, dirty), `rates` (where measured),
+    `complete` (false while it runs, and after an interruption) and lists of rows. It is replaced in one go, so that
+    whoever reads it, at whatever moment, reads all of a state of it. Use as a context manager: leaving it tells where
+    everything is.
 
     Args:
         name: of the benchmark.
@@ -44,7 +46,8 @@ class Report:
         self.name = name
         self.folder = folder or Path("runs", "bench", name, datetime.now().strftime("%Y%m%d-%H%M%S"))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._content: dict[str, Any] = {"benchmark": name, "options": dict(options), "machine": machine_facts(device)}
+        self._content: dict[str, Any] = {"benchmark": name, "options": dict(options)}
+        self._content |= {"machine": machine_facts(device), "code": code_version()}
         self._content |= {"started": datetime.now().astimezone().isoformat(timespec="seconds"), "complete": False}
         self._draw: Callable[[Any], None] | None = None
         self._size = (7.0, 4.0)

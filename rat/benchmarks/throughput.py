@@ -14,9 +14,10 @@ from rat.benchmarks.floors import decode_work
 from rat.benchmarks.footprint import available_bytes
 from rat.benchmarks.options import Dtype, place, positive, precision
 from rat.benchmarks.process import KilledError, in_fresh_process
+from rat.benchmarks.provenance import machine
 from rat.benchmarks.report import Report, color
 from rat.benchmarks.serving import Served, Workload, rehearse, serve
-from rat.benchmarks.timing import Rates, machine, measure_rates
+from rat.benchmarks.timing import Rates, measure_rates
 from rat.ops import Backend
 from rat.ops.backend import describe_backend
 

@@ -5,10 +5,8 @@ so that a machine that slows down half-way looks like a slow statement; hence th
 """
 
 import math
-import platform
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -94,30 +92,6 @@ def copy_rate(device: torch.device, num_bytes: int = 1 << 28) -> float:
     source = torch.ones(num_bytes // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / interleaved({"copy": lambda: target.copy_(source)}, 5, device)["copy"].median
-
-
-def machine(device: torch.device) -> str:
-    """What the figures were measured on, in a line."""
-    facts = machine_facts(device)
-    threads = f", {facts['threads']} threads" if "threads" in facts else ""
-    return f"{facts['processor']}{threads}, torch {facts['torch']}"
-
-
-def machine_facts(device: torch.device) -> dict[str, str | int]:
-    """What the figures were measured on."""
-    facts: dict[str, str | int] = {"device": str(device), "python": platform.python_version()}
-    facts |= {"torch": torch.__version__, "system": f"{platform.system()} {platform.machine()}"}
-    if device.type == "cuda":
-        return facts | {"processor": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-    return facts | {"processor": f"{_processor()} CPU", "threads": torch.get_num_threads()}
-
-
-def _processor() -> str:
-    """The name that the system gives the CPU."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _runs_of_a_turn(run: Callable[[], object], device: torch.device) -> int:

@@ -1,7 +1,6 @@
 """What a run leaves in its folder, however it ends."""
 
 import json
-import subprocess
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_modules import LanguageModel, RunRecord, run_folder, run_record
+from lightning_modules import LanguageModel, RunRecord, run_record
 from rat import ModelConfig
 
 Make = Callable[..., Trainer]
@@ -180,30 +179,3 @@ def test_a_summary_that_cannot_be_written_ends_no_run(fit: Fit, monkeypatch: pyt
 def test_a_fast_dev_run_leaves_nothing(config: ModelConfig, ragged: Data, make_trainer: Make, tmp_path: Path) -> None:
     make_trainer(callbacks=RunRecord(), fast_dev_run=1).fit(LanguageModel(config), ragged())
     assert not list(tmp_path.rglob("summary.json"))
-
-
-def test_code_is_known_by_version_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def code() -> dict[str, Any]:
-        run_folder.code_version.cache_clear()
-        return run_folder.code_version()
-
-    def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=b"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    monkeypatch.setattr(run_folder, "_ROOT", tmp_path)
-    assert code() == {"package": "0.1.0", "commit": None, "dirty": None}
-    for name in ("rat.py", "docs/table.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("1")
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "first")
-    commit = git("rev-parse", "HEAD")
-    (tmp_path / "new.py").write_text("")
-    (tmp_path / "docs/table.md").write_text("2")
-    assert code() == {"package": "0.1.0", "commit": commit, "dirty": False}
-    (tmp_path / "rat.py").write_text("2")
-    assert code()["dirty"] is True
-    run_folder.code_version.cache_clear()

@@ -68,11 +68,3 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.
     rates = timing.Rates(gemm := 3e9, 2.5e9)
     assert rates.flops_per_second == gemm
     assert str(rates) == "matrix products at 3 GFLOP/s, copies at 2.5 GB/s"
-
-
-def test_the_machine_is_described() -> None:
-    facts = timing.machine_facts(CPU)
-    assert facts["torch"] == torch.__version__
-    assert facts["threads"] == torch.get_num_threads()
-    line = timing.machine(CPU)
-    assert line == f"{facts['processor']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
