@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -32,6 +33,7 @@ CONFIDENCE = 0.95  # of a verdict, each for itself
 GUESSED = 8 / 36  # of all answers of recall: one is right of a sample of 1 to 8 pairs
 NOTHING = 0.02  # of accuracy, above what guessing gets or below all
 MODES = {"train": "train step, D 512", "prefill": "prefill, D 512", "decode": "decoding at position T, 16 rows, D 512"}
+REMEMBERED = {"recall": "val/accuracy", "needles": "val/sequence_accuracy"}  # by sweep, what counts as right
 MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
 
 
@@ -92,6 +94,7 @@ def positions() -> pd.DataFrame:
     return pd.concat([pd.DataFrame(columns=["variant", "seed", "first", "last", "loss"]), *found], ignore_index=True)
 
 
+@cache
 def trained_length() -> int:
     """T of the language models."""
     return figures.trained_length(RESULTS / "chunk_size")
@@ -100,7 +103,7 @@ def trained_length() -> int:
 def beyond() -> pd.DataFrame:
     """Loss of every run over the positions from T + 1 to 4 T: variant, seed, value."""
     found = [
-        (variant, seed, figures.loss_between(rows, trained := trained_length(), 4 * trained).iloc[0])
+        (variant, seed, figures.loss_between(rows, trained_length(), 4 * trained_length()).iloc[0])
         for (variant, seed), rows in positions().groupby(["variant", "seed"], sort=False)
     ]
     return pd.DataFrame(found, columns=["variant", "seed", "value"])
@@ -124,8 +127,8 @@ class Measure(NamedTuple):
 MEASURES = {
     "loss": Measure("validation loss", lambda: of_runs("chunk_size", "val/loss")),
     "beyond": Measure("loss from T to 4 T", beyond),
-    "recall": Measure("right answers, recall", lambda: of_runs("recall", "val/accuracy"), GUESSED),
-    "needles": Measure("right numbers, needles", lambda: of_runs("needles", "val/sequence_accuracy"), 0.0),
+    "recall": Measure("right answers, recall", lambda: of_runs("recall", REMEMBERED["recall"]), GUESSED),
+    "needles": Measure("right numbers, needles", lambda: of_runs("needles", REMEMBERED["needles"]), 0.0),
 }
 
 
@@ -197,15 +200,16 @@ def trade_off_lines() -> Iterator[str]:
     own.
     """
     runs = read_runs(RESULTS / "chunk_size").sort_values("cache_bytes", ascending=False, kind="stable")
-    tasks = {name: read_runs(RESULTS / name) for name in ("recall", "needles")}
+    tasks = {name: read_runs(RESULTS / name) for name in REMEMBERED}
     of_tasks = [f"{name}, T {rows.max_seq_len.iloc[0]}" for name, rows in tasks.items()]
     trained = trained_length()
     yield from header("", f"cache, T {trained}", f"perplexity, T {trained}", "its seeds", *of_tasks)
-    columns = {"recall": "val/accuracy", "needles": "val/sequence_accuracy"}
     for variant, rows in runs.groupby("variant", sort=False):
         cache, perplexity = f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", mean_and_spread(rows["val/perplexity"], 1)
-        own = [found[(found.variant == variant) & (found.chunk_size < found.max_seq_len)] for found in tasks.values()]
-        cells = [mean_and_spread(found[column]) for found, column in zip(own, columns.values(), strict=True)]
+        cells = []
+        for name, found in tasks.items():
+            own = found[(found.variant == variant) & (found.chunk_size < found.max_seq_len)]
+            cells.append(mean_and_spread(own[REMEMBERED[name]]))
         yield line(variant, cache, perplexity, len(rows), *cells)
 
 
@@ -230,6 +234,7 @@ def speed_lines() -> Iterator[str]:
     )
 
 
+@cache
 def tables() -> dict[str, list[str]]:
     """All of them, by name."""
     of_language = {"beyond": beyond_lines, "trade-off": trade_off_lines} if "chunk_size" in sweeps() else {}
@@ -258,8 +263,8 @@ def draw() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
     if "chunk_size" in sweeps():
         figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
-    figures.by_position(right, positions(), [trained_length()], since=16)
-    figures.legend_beside(right)
+        figures.by_position(right, positions(), [trained_length()], since=16)
+        figures.legend_beside(right)
     figure.savefig(RESULTS / "language.png", metadata=source)
     figure, panels = plt.subplots(1, 3, figsize=(18, 4.2), sharey=True)
     for ax, number in zip(panels, ("items", "distance"), strict=False):
@@ -268,7 +273,7 @@ def draw() -> None:
             figures.by_octave(ax, table, f"recall: {number}", _chance("recall", number, table))
     if "needles" in sweeps():  # at the end nearly all find it, at any distance
         figures.while_training(
-            panels[-1], read_curves(RESULTS / "needles"), "val/sequence_accuracy", "needles, while training"
+            panels[-1], read_curves(RESULTS / "needles"), REMEMBERED["needles"], "needles, while training"
         )
     figures.legend_beside(panels[-1], *panels[:-1])
     figure.savefig(RESULTS / "memory.png", metadata=source)

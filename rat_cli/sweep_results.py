@@ -65,8 +65,7 @@ def read_runs(output: Path) -> pd.DataFrame:
 
     Columns: run, variant, seed; pattern, chunk_size, rope_base and max_seq_len of the model; parameters,
     non_embedding_parameters; cache_bytes (of one sequence as long as in training, in bf16, but states of recurrences in
-    fp32); steps, tokens; the last value of every val/...; the
-    tokens_per_second of its last start; commit of the code.
+    fp32); steps, tokens; the last value of every val/...; the tokens_per_second of its last start; commit of the code.
 
     Raises:
         FileNotFoundError: there is none.
