@@ -1,16 +1,17 @@
 """Folders that are made whole or not at all, and know what they were made with."""
 
 import errno
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 RECORD = "prepare.json"
+LOCK = ".lock"
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -23,26 +24,29 @@ def whole_folder(output: Path) -> Iterator[Path]:
     """
     partial, old = (output.with_name(f".{output.name}.{kind}") for kind in ("partial", "old"))
     partial.mkdir(parents=True, exist_ok=True)
-    handle = os.open(partial, os.O_RDONLY)
+    lock = FileLock(partial / LOCK, timeout=0)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another prepare is at work on {output}: wait for it or stop it") from None
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another prepare is at work on {output}: wait for it or stop it") from None
+    try:
         for entry in partial.iterdir():  # what a killed one left
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        try:
-            yield partial
-            shutil.rmtree(old, ignore_errors=True)
-            if output.exists():
-                output.rename(old)
-            partial.rename(output)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != LOCK:
+                entry.unlink()
+        yield partial
+        shutil.rmtree(old, ignore_errors=True)
+        if output.exists():
+            output.rename(old)
+        partial.rename(output)
+        (output / LOCK).unlink()  # only now: who comes in between finds no folder, and makes another
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
-        os.close(handle)
+        lock.release()
 
 
 def write_record(folder: Path, made_with: dict[str, Any], counts: dict[str, Any]) -> None:

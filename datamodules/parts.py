@@ -103,7 +103,7 @@ class WorkFolder:
     def lock(self, name: str, shared: bool = False) -> Iterator[None]:
         """Keep others out of a unit, or (shared) keep the plan as it is; ShardError if that is not to be had."""
         self._parts.mkdir(parents=True, exist_ok=True)
-        with (self._parts / f"{name}.lock").open("w") as file:
+        with (self._parts / f"{name}.lock").open("a+") as file:  # NFS locks only files that can be read and written
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.output_folder import whole_folder
+from datamodules.output_folder import LOCK, whole_folder
 
 
 def test_it_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -34,7 +34,8 @@ def test_what_a_killed_one_left_goes_away(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left.parent / "file").touch()
     with whole_folder(tmp_path / "out") as folder:
-        assert not list(folder.iterdir())
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_second_one_is_told(tmp_path: Path) -> None:
