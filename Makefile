@@ -10,6 +10,9 @@ PORT ?= 6006
 RUNS ?= runs
 INSTALLED := $(VENV)/.installed
 
+# Lines that a command says one by one are one output; an execution tells no times, which would be new ones every time.
+NBCONVERT := --NotebookExporter.preprocessors=nbconvert.preprocessors.CoalesceStreamsPreprocessor --ExecutePreprocessor.record_timing=False
+
 # The layer of the paper's models.
 GPU_LAYER := --dtype bfloat16 --d_model 2048 --mixers '[attention, rat, sliding_window, rnn]'
 
@@ -61,7 +64,7 @@ figures: install ## Draw the pictures of the pages again, those of TensorBoard w
 	$(BIN)/python docs/draw_tensorboard.py --runs $(RUNS)
 
 notebooks: install ## Execute the notebooks: they read finished sweeps and measure layers (RAT_NOTEBOOKS=small: a quick look, in RUNS/notebooks)
-	$(BIN)/python -m nbconvert --execute --to notebook $(if $(filter small,$(RAT_NOTEBOOKS)),--output-dir $(RUNS)/notebooks,--inplace) --CoalesceStreamsPreprocessor.enabled=True --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/python -m nbconvert --execute --to notebook $(if $(filter small,$(RAT_NOTEBOOKS)),--output-dir $(RUNS)/notebooks,--inplace) $(NBCONVERT) notebooks/*.ipynb
 
 clean: ## Remove caches, prepared data and runs
 	rm -rf data runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

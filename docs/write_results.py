@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -22,7 +22,15 @@ from scipy.stats import t
 
 from rat.markdown import header, line, write_block
 from rat_cli import figures
-from rat_cli.sweep_results import PAGE, mean_and_spread, read_curves, read_positions, read_runs, write_tables
+from rat_cli.sweep_results import (
+    PAGE,
+    accuracy_of_seeds,
+    mean_and_spread,
+    read_curves,
+    read_positions,
+    read_runs,
+    write_tables,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGES = ROOT / "docs" / "results", (ROOT / "docs" / "results.md", ROOT / "README.md")
@@ -32,9 +40,10 @@ ENOUGH = 3  # seeds for a verdict
 CONFIDENCE = 0.95  # of a verdict, each for itself
 GUESSED = 8 / 36  # of all answers of recall: one is right of a sample of 1 to 8 pairs
 NOTHING = 0.02  # of accuracy, above what guessing gets or below all
-MODES = {"train": "train step, D 512", "prefill": "prefill, D 512", "decode": "decoding at position T, 16 rows, D 512"}
+MODES = {"train": "train step", "prefill": "prefill", "decode": "decoding at position T"}
 REMEMBERED = {"recall": "val/accuracy", "needles": "val/sequence_accuracy"}  # by sweep, what counts as right
 MEMORY = [("recall", "items"), ("recall", "distance"), ("needles", "distance")]
+NONE_OF_ITS_OWN = "one chunk"  # where a variant computes what the RNN does
 
 
 class Claim(NamedTuple):
@@ -47,6 +56,7 @@ class Claim(NamedTuple):
         less: the variant that measures less.
         more: the variant that measures more.
         allowance: how much more the first may measure all the same.
+        control: nothing is claimed; they should measure the same.
     """
 
     says: str
@@ -55,6 +65,7 @@ class Claim(NamedTuple):
     less: str
     more: str
     allowance: float = 0.0
+    control: bool = False
 
 
 CLAIMS = [
@@ -65,7 +76,7 @@ CLAIMS = [
     Claim("RAT + SWA is better than attention", "7.57, 7.61", "loss", "rat-swa", "attention"),
     Claim("RAT + SWA is better than attention + SWA", "7.57, 7.61", "loss", "rat-swa", "attention-swa"),
     Claim("L 16 is better than L 64", "in words*", "loss", "rat-L16", "rat-L64"),
-    Claim("none; one chunk of T computes what the RNN does", "", "loss", "rat-L512", "rnn"),
+    Claim("none; one chunk of T computes what the RNN does", "", "loss", "rat-L512", "rnn", control=True),
     Claim("RAT + SWA is better off without RoPE", "2.66, 3.59", "beyond", "rat-swa-nope", "rat-swa"),
     Claim(
         "attention + SWA is better off without RoPE", "3.03, above 3.8", "beyond", "attention-swa-nope", "attention-swa"
@@ -145,6 +156,26 @@ def verdict(differences: Sequence[float], allowance: float = 0.0) -> str:
     return "holds" if above < -within else "does not hold" if above > within else "not told apart"
 
 
+def judged(claim: Claim, measured: pd.DataFrame, guessed: float | None) -> str:
+    """The verdict on a claim.
+
+    Args:
+        claim: which.
+        measured: a row for each seed, a column for each of the two variants.
+        guessed: what guessing gets, of an accuracy.
+    """
+    said = verdict([*(measured[claim.less] - measured[claim.more])], claim.allowance)
+    if len(measured) < ENOUGH:
+        return said
+    if claim.control:
+        return "not told apart" if said == "not told apart" else "they differ"
+    if guessed is not None and measured.mean().max() < guessed + NOTHING:
+        return "both guess"
+    if guessed is not None and measured.mean().min() > 1 - NOTHING:
+        return "both solve it"
+    return said
+
+
 def claim_lines() -> Iterator[str]:
     """A line for each claim of which there are runs."""
     yield from header("claim", "the paper", "measured", "here", "difference", "seeds", "verdict")
@@ -160,11 +191,7 @@ def claim_lines() -> Iterator[str]:
         difference = pair[claim.less] - pair[claim.more]
         here = ", ".join(f"{variant} {pair[variant].mean():.3f}" for variant in pair)
         differs = ("+" if difference.mean() >= 0 else "") + mean_and_spread(difference)
-        said = verdict([*difference], claim.allowance)
-        if measure.guessed is not None and pair.mean().max() < measure.guessed + NOTHING:
-            said = "both guess"
-        elif measure.guessed is not None and pair.mean().min() > 1 - NOTHING:
-            said = "both solve it"
+        said = judged(claim, pair, measure.guessed)
         yield line(claim.says, claim.paper, measure.says, here, differs, len(pair), said)
 
 
@@ -181,14 +208,12 @@ def beyond_lines() -> Iterator[str]:
 
 def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
     """Accuracies by a number (distance or items), a line for each variant."""
-    table = figures.accuracies(read_curves(RESULTS / sweep), number)
+    table, chance = _accuracies(sweep, number)
     octaves = sorted(table.upto.unique())
     yield from header("variant", "seeds", *(figures.octave(upto) for upto in octaves))
     for variant, rows in table.groupby("variant", sort=False):
-        yield line(
-            variant, rows.seed.nunique(), *(mean_and_spread(rows[rows.upto == upto].accuracy) for upto in octaves)
-        )
-    chance = _chance(sweep, number, table)
+        cells = [accuracy_of_seeds(rows[rows.upto == upto].accuracy) for upto in octaves]
+        yield line(variant, rows.seed.nunique(), *cells)
     if isinstance(chance, dict):
         yield line("guessing", "", *(f"{chance[upto]:.3f}" for upto in octaves))
 
@@ -196,8 +221,7 @@ def accuracy_lines(sweep: str, number: str) -> Iterator[str]:
 def trade_off_lines() -> Iterator[str]:
     """What each backbone keeps of a text and what it reaches, a line for each, from the largest cache to the least.
 
-    Where a task's text is no longer than a chunk, a variant computes there what the RNN does, and has no answer of its
-    own.
+    Where a text is no longer than a chunk, a variant computes what the RNN does, and has no answer of its own.
     """
     runs = read_runs(RESULTS / "chunk_size").sort_values("cache_bytes", ascending=False, kind="stable")
     tasks = {name: read_runs(RESULTS / name) for name in REMEMBERED}
@@ -208,30 +232,59 @@ def trade_off_lines() -> Iterator[str]:
         cache, perplexity = f"{rows.cache_bytes.iloc[0] / 1000:,.0f} kB", mean_and_spread(rows["val/perplexity"], 1)
         cells = []
         for name, found in tasks.items():
-            own = found[(found.variant == variant) & (found.chunk_size < found.max_seq_len)]
-            cells.append(mean_and_spread(own[REMEMBERED[name]]))
+            own = found[(found.variant == variant) & ~(found.chunk_size >= found.max_seq_len).fillna(False)]
+            cells.append(accuracy_of_seeds(own[REMEMBERED[name]]) or NONE_OF_ITS_OWN)
         yield line(variant, cache, perplexity, len(rows), *cells)
+    guessed = {"recall": f"{GUESSED:.3f}", "needles": "0.000"}
+    yield line("guessing", "", "", "", *(guessed[name] for name in tasks))
 
 
 def speed_lines() -> Iterator[str]:
-    """How many times as fast as attention a layer of RAT is, by T, as notebooks/efficiency.ipynb has measured it."""
+    """How many times as fast as attention a layer of RAT is, by T, as notebooks/efficiency.ipynb has measured it.
+
+    Raises:
+        ValueError: it was measured on several machines.
+    """
     paths = sorted((RESULTS / "efficiency").glob("*/layer.json"), reverse=True)  # fp32 first
     reports = [json.loads(path.read_text()) for path in paths]
+    machines = {(report["machine"]["processor"], report["machine"]["threads"]) for report in reports}
+    if len(machines) != 1:
+        raise ValueError(f"{RESULTS / 'efficiency'} holds measurements of {machines}: remove it and measure anew")
     lengths = sorted({row["seq_len"] for report in reports for row in report["rows"]})
-    yield from header("RAT with L 16 against attention", "dtype", *(f"T {length:,}" for length in lengths))
+    (chunk_size,) = {report["options"]["chunk_size"] for report in reports}
+    yield from header(f"RAT with L {chunk_size} against attention", "dtype", *(f"T {length:,}" for length in lengths))
     for mode, says in MODES.items():
         for report in reports:
-            of_rat = [row for row in report["rows"] if row["mode"] == mode and row["contender"] == "rat"]
-            found = {row["seq_len"]: f"{row['speedup']:.1f}x" for row in of_rat}
-            if found:
-                dtype = report["options"]["dtype"]
-                yield line(says, {"float32": "fp32", "bfloat16": "bf16"}[dtype], *(found[T] for T in lengths))
+            times = {
+                (row["contender"], row["seq_len"]): row["seconds"] for row in report["rows"] if row["mode"] == mode
+            }
+            if times:
+                options = report["options"]
+                what = f"{says}, D {options['d_model']}" + f", {options['batch_size']} rows" * (mode == "decode")
+                dtype = {"float32": "fp32", "bfloat16": "bf16"}[options["dtype"]]
+                yield line(what, dtype, *(_times_as_fast(times["attention", T], times["rat", T]) for T in lengths))
     yield ""
-    rates = {report["options"]["dtype"]: report["rates"]["flops_per_second"] / 1e9 for report in reports}
+    ((processor, threads),) = machines
+    rates = {
+        dtype: [report["rates"]["flops_per_second"] / 1e9 for report in reports if report["options"]["dtype"] == dtype]
+        for dtype in ("float32", "bfloat16")
+    }
     yield (
-        f"On {reports[0]['machine']['threads']} cores of an {reports[0]['machine']['processor']}, matrix products at "
-        f"{rates['float32']:.0f} GFLOP/s in fp32 and {rates['bfloat16']:.0f} in bf16."
+        f"On {threads} cores of an {processor}, matrix products at {_range(rates['float32'])} GFLOP/s in fp32 and "
+        f"{_range(rates['bfloat16'])} in bf16. Ratios of medians; in parentheses those of the rounds, from the least to"
+        " the most."
     )
+
+
+def _times_as_fast(slow: Sequence[float], fast: Sequence[float]) -> str:
+    """Seconds of one and of the other in the same rounds: '2.5x (2.3 to 2.6)'."""
+    rounds = [one / other for one, other in zip(slow, fast, strict=True)]
+    return f"{median(slow) / median(fast):.1f}x ({min(rounds):.1f} to {max(rounds):.1f})"
+
+
+def _range(values: Sequence[float]) -> str:
+    """'240 to 255', or '51'."""
+    return " to ".join(dict.fromkeys(f"{value:.0f}" for value in (min(values), max(values))))
 
 
 @cache
@@ -253,8 +306,10 @@ def places(page: Path) -> list[str]:
 
 
 def drawn_from() -> str:
-    """A hash of all tables, which the pictures carry: whether they are of these records."""
-    return hashlib.sha256(json.dumps(tables()).encode()).hexdigest()
+    """A hash of what the pictures are drawn from, which they carry: whether they are of these records."""
+    curves = [(RESULTS / sweep).glob("*/scalars.csv") for sweep in REMEMBERED]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for paths in curves for path in sorted(paths)]
+    return hashlib.sha256(json.dumps([tables(), digests]).encode()).hexdigest()
 
 
 def draw() -> None:
@@ -264,13 +319,13 @@ def draw() -> None:
     if "chunk_size" in sweeps():
         figures.against_chunk_size(left, read_runs(RESULTS / "chunk_size"), "val/perplexity", "validation perplexity")
         figures.by_position(right, positions(), [trained_length()], since=16)
-        figures.legend_beside(right)
+        figures.legend_beside(right, left)
     figure.savefig(RESULTS / "language.png", metadata=source)
     figure, panels = plt.subplots(1, 3, figsize=(18, 4.2), sharey=True)
     for ax, number in zip(panels, ("items", "distance"), strict=False):
         if "recall" in sweeps():
-            table = figures.accuracies(read_curves(RESULTS / "recall"), number)
-            figures.by_octave(ax, table, f"recall: {number}", _chance("recall", number, table))
+            table, chance = _accuracies("recall", number)
+            figures.by_octave(ax, table, f"recall: {number}", chance)
     if "needles" in sweeps():  # at the end nearly all find it, at any distance
         figures.while_training(
             panels[-1], read_curves(RESULTS / "needles"), REMEMBERED["needles"], "needles, while training"
@@ -279,12 +334,11 @@ def draw() -> None:
     figure.savefig(RESULTS / "memory.png", metadata=source)
 
 
-def _chance(sweep: str, number: str, table: pd.DataFrame) -> float | dict[int, float]:
-    """What guessing gets; of recall by octave."""
+def _accuracies(sweep: str, number: str) -> tuple[pd.DataFrame, figures.Chance]:
+    """Accuracies by octave of a number, and what guessing gets."""
     if sweep == "recall":
-        found = figures.guessing(RESULTS / sweep, number)
-        return {upto: found[upto] for upto in table.upto.unique()}
-    return figures.GUESSED_DIGIT
+        return figures.recalled(RESULTS / sweep, number)
+    return figures.accuracies(read_curves(RESULTS / sweep), number), figures.GUESSED_DIGIT
 
 
 def main() -> None:

@@ -119,10 +119,11 @@ class _OfOneDevice(throughput.Throughput):
 
 
 class MemoryLengthHistogram(Callback):
-    """TensorBoard histograms of memory_length/layer_NN: how many tokens back each channel's gate remembers; their means
-    and medians are the scalars memory_length_mean/layer_NN and memory_length_median/layer_NN.
+    """TensorBoard histograms of memory_length/layer_NN: how many tokens back each channel's gate would remember; their
+    means and medians are the scalars memory_length_mean/layer_NN and memory_length_median/layer_NN.
 
-    It is 1 / (1 - g) over one sequence and all channels, cut at its length T: further back there is nothing. Where
+    It is 1 / (1 - g) over one sequence and all channels, cut at its length T: further back there is nothing. The states
+    of RAT begin anew with every chunk, so that of what its gates would remember, it has no more than L tokens. Where
     devices share a sequence, it is that of the first device's tokens or channels.
 
     Args:

@@ -23,6 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.run_folder import reached_end
+from rat import ModelConfig
 
 # The scalars by which runs compare; TensorBoard shows the last value of each.
 METRICS = {
@@ -63,7 +64,10 @@ CHARTS = {
 # What TensorBoard shows unasked; it takes those that differ between runs first, and the first five of them.
 _SHOWN = ("pattern", "chunk_size", "parameters", "peak_lr", "seed")
 # Of these a run tells only what its mixers read.
-_READ_BY = {"chunk_size": "rat", "num_groups": "rat", "window_size": "sliding_window"}
+_READ_BY = {
+    "chunk_size": {"rat"}, "num_groups": {"rat"}, "window_size": {"sliding_window"},
+    "rope_base": {"rat", "attention", "sliding_window"},
+}  # fmt: skip
 _WORDS = ("pattern", "betas", "precision", "data")
 
 Hyperparameter = str | float | None
@@ -110,17 +114,21 @@ class Dashboard(Callback):
                 _add(writer, metadata.SESSION_END_INFO_TAG, HParamsPluginData(session_end_info=end))
 
 
+def unread(model: ModelConfig) -> list[str]:
+    """The names in a model's config that none of its mixers reads."""
+    return [name for name, mixers in _READ_BY.items() if not mixers & {*model.pattern}]
+
+
 def hyperparameters(trainer: Trainer, pl_module: LanguageModel) -> dict[str, Hyperparameter]:
     """Name and value of what was chosen for a run: architecture, optimiser, batch, data. The names are those of every
     run; None stands for null in the config, and for what none of the model's mixers reads."""
     model, data = pl_module.config, trainer.datamodule
     architecture = asdict(model) | {"pattern": ", ".join(model.pattern)}
-    unread = {name: None for name, mixer in _READ_BY.items() if mixer not in model.pattern}
     optimizer = asdict(pl_module.optimizer_config)
     seed = os.environ.get("PL_GLOBAL_SEED")  # where Lightning's seed_everything leaves it
     assert pl_module.model is not None
     return {
-        **(architecture | unread),
+        **(architecture | dict.fromkeys(unread(model))),
         "parameters": pl_module.model.num_parameters(),
         **(optimizer | {"betas": ", ".join(map(str, optimizer["betas"]))}),
         "gradient_clip_val": trainer.gradient_clip_val,

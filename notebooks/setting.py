@@ -22,6 +22,7 @@ from rat.benchmarks.timing import Rates
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ("small", "full")
+REPORT = "layer.json"  # of cli.py bench layer
 
 # of packages that would show a bar in the page, which commands do in their own output
 warnings.filterwarnings("ignore", message="IProgress not found")
@@ -109,8 +110,9 @@ class Setting:
         return self.results / name
 
     def bench(self, name: str, **options: Any) -> pd.DataFrame:
-        """Measure layers by `cli.py bench layer`, unless it was done before on such a processor with these options:
-        remove the folder NAME of the results, and it is done again.
+        """Measure layers by `cli.py bench layer`, unless it was done before on such a machine with these options. What
+        docs/results holds of another machine stays, and this one's goes to runs/notebooks. To measure again, remove the
+        folder.
 
         Args:
             name: of the folder.
@@ -120,16 +122,17 @@ class Setting:
             The rows of layer.json, and with each the call (NAME), chunk_size, dtype and batch_size that it comes from.
         """
         folder = self.results / name
-        report = folder / "layer.json"
-        if not (report.is_file() and _is_whole(json.loads(report.read_text()), options)):
+        if (folder / REPORT).is_file() and not _is_of_here(folder):
+            folder = ROOT / "runs" / "notebooks" / name
+        if not _is_whole(folder, options):
             shown = folder if self.small else folder.relative_to(ROOT)
             self.cli("bench", "layer", *_words(options), "--output", shown, quiet=True)
-        content = json.loads(report.read_text())
+        content = json.loads((folder / REPORT).read_text())
         print(f"{name}: {content['machine']['processor']}, {Rates(**content['rates'])}", flush=True)
         columns = {key: content["options"][key] for key in ("chunk_size", "dtype", "batch_size")}
         return pd.DataFrame(content["rows"]).assign(call=name, **columns)
 
-    def language_sweep(self, name: str, variants: Sequence[str], options: Mapping[str, Any] | None = None) -> Path:
+    def language_sweep(self, name: str, variants: Sequence[str]) -> Path:
         """`sweep` of language models. Those of the small setting are tiny and read the pages in docs/."""
         tiny: dict[str, Any] = {}
         if self.small:
@@ -138,7 +141,7 @@ class Setting:
                 "model.model.num_heads": 2, "model.model.num_layers": 2, "model.model.max_seq_len": 32,
                 "model.model.window_size": 8, "data.init_args.seq_len": 32, "data.init_args.path": str(self.corpus),
             }  # fmt: skip
-        return self.sweep(name, variants, tiny | dict(options or {}), "--lengths", "[16, 32, 64]")
+        return self.sweep(name, variants, tiny, "--lengths", "[16, 32, 64]")
 
     @cached_property
     def corpus(self) -> Path:
@@ -170,10 +173,18 @@ def chosen_setting() -> Setting:
     return Setting(name)
 
 
-def _is_whole(report: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    """Whether a benchmark came to its end on a processor like this one, and was called with these options."""
-    here = report["machine"]["processor"] == machine_facts(torch.device("cpu"))["processor"]
-    return report["complete"] and here and all(report["options"][key] == value for key, value in options.items())
+def _is_of_here(folder: Path) -> bool:
+    """Whether the benchmark in a folder is of such a processor, as many threads and the torch of here."""
+    of_here, of_it = machine_facts(torch.device("cpu")), json.loads((folder / REPORT).read_text())["machine"]
+    return all(of_it[fact] == of_here[fact] for fact in ("processor", "threads", "torch"))
+
+
+def _is_whole(folder: Path, options: Mapping[str, Any]) -> bool:
+    """Whether the folder holds a benchmark of here that came to its end and was called with these options."""
+    if not ((folder / REPORT).is_file() and _is_of_here(folder)):
+        return False
+    report = json.loads((folder / REPORT).read_text())
+    return report["complete"] and all(report["options"][key] == value for key, value in options.items())
 
 
 def _words(options: Mapping[str, Any]) -> list[str]:

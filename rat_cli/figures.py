@@ -3,7 +3,9 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median_high
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -19,8 +21,10 @@ from rat import CausalLM
 from rat.benchmarks.report import color, plain_log_axis, plot_lines
 from rat.layers import GatedMixer
 from rat.layers.rat import RAT
+from rat_cli.sweep_results import read_curves
 
 GUESSED_DIGIT = 0.1  # the accuracy of who answers a needle with any digits
+FEW = 50  # answers of a run: an accuracy of fewer says little
 Chance = float | Mapping[int, float] | None
 
 STYLE = {
@@ -171,7 +175,7 @@ def accuracies(curves: pd.DataFrame, number: str) -> pd.DataFrame:
 
 
 def by_octave(ax: Axes, table: pd.DataFrame, xlabel: str, chance: Chance = None) -> None:
-    """Accuracies of `accuracies` by octave, a line for each variant, error bars of one standard deviation.
+    """Accuracies of `accuracies` by octave: a line for each variant, bars from the least of its seeds to the most.
 
     Args:
         ax: what is drawn on.
@@ -180,8 +184,9 @@ def by_octave(ax: Axes, table: pd.DataFrame, xlabel: str, chance: Chance = None)
         chance: what guessing gets, everywhere or by octave.
     """
     for variant, rows in table.groupby("variant", sort=False):
-        means = over_seeds(rows, ["upto"], "accuracy").sort_values("upto")
-        ax.errorbar(means.upto, means["mean"], yerr=means["std"], label=variant, capsize=2, **look(variant))
+        seeds = rows.groupby("upto").accuracy.agg(["mean", "min", "max"]).reset_index()
+        bars = [seeds["mean"] - seeds["min"], seeds["max"] - seeds["mean"]]
+        ax.errorbar(seeds.upto, seeds["mean"], yerr=bars, label=variant, capsize=2, **look(variant))
     ticks = sorted(table.upto.unique())
     if chance is not None:
         levels = [chance[upto] if isinstance(chance, Mapping) else chance for upto in ticks]
@@ -200,20 +205,22 @@ def while_training(ax: Axes, curves: pd.DataFrame, tag: str, title: str) -> None
 
 
 def steps_to(curves: pd.DataFrame, tag: str, level: float) -> str:
-    """After how many steps of training each run's accuracy was first as high: 'rat 300, 450, never'; soonest first."""
+    """After how many steps of training each run's accuracy was first as high: 'rat 300, 450, never'; in the order of
+    their medians."""
     found = {}
     for variant, rows in curves[curves.tag == tag].groupby("variant", sort=False):
         firsts = rows[rows.value >= level].groupby("seed").step.min() + 1  # steps are counted from 0
         found[variant] = sorted(firsts.reindex(rows.seed.unique()).fillna(np.inf))
     words = {
         variant: ", ".join(f"{step:,.0f}" if np.isfinite(step) else "never" for step in steps)
-        for variant, steps in sorted(found.items(), key=lambda item: item[1])
+        for variant, steps in sorted(found.items(), key=lambda item: (median_high(item[1]), item[1]))
     }
     return "; ".join(f"{variant} {said}" for variant, said in words.items())
 
 
 def guessing(records: Path, number: str, samples: int = 2000) -> dict[int, float]:
-    """The accuracy by octave of a number (distance or items) of who has learned only which values there are.
+    """The accuracy by octave of a number (distance or items) of who has learned only which values there are. Octaves
+    with fewer than FEW answers in a validation are left out.
 
     Args:
         records: of a sweep of recall, whose samples with n pairs are so answered with 1 of n right.
@@ -227,7 +234,14 @@ def guessing(records: Path, number: str, samples: int = 2000) -> dict[int, float
         for distance in sample.distance[sample.distance > 0].tolist():
             upto = 1 << (({"distance": distance, "items": sample.items}[number]) - 1).bit_length()
             right.setdefault(upto, []).append(1 / sample.items)
-    return {upto: float(np.mean(shares)) for upto, shares in sorted(right.items())}
+    least = FEW * samples / given["val_samples"]
+    return {upto: float(np.mean(shares)) for upto, shares in sorted(right.items()) if len(shares) >= least}
+
+
+def recalled(records: Path, number: str) -> tuple[pd.DataFrame, dict[int, float]]:
+    """`accuracies` of a sweep of recall and `guessing` beside them, both without octaves of few answers."""
+    table, chance = accuracies(read_curves(records), number), guessing(records, number)
+    return table[table.upto.isin(chance)], chance
 
 
 def remembered(table: pd.DataFrame, chance: Chance) -> str:
@@ -287,6 +301,26 @@ def in_words(means: pd.DataFrame, names: str, *, digits: int = 2) -> str:
         spread = f" ± {row.std:,.{digits}f}" if row.count > 1 else ""
         parts.append(f"{getattr(row, names)} {row.mean:,.{digits}f}{spread}")
     return ", ".join(parts)
+
+
+def from_size_to_size(runs: pd.DataFrame, value: str) -> str:
+    """Whether a column of pure RAT runs grows with L, seed by seed: 'from 1 to 4 it falls, from 4 to 16 it grows with 1
+    of 2 seeds'; a size is compared with the next one by the seeds that both have."""
+    sizes = runs[runs.pattern == "rat"].pivot(index="seed", columns="chunk_size", values=value).sort_index(axis=1)
+    parts = []
+    for smaller, larger in pairwise(sizes):
+        change = (sizes[larger] - sizes[smaller]).dropna()
+        grown = int((change > 0).sum())
+        said = {0: "falls", len(change): "grows"}.get(grown, f"grows with {grown} of {len(change)} seeds")
+        parts.append(f"from {smaller} to {larger} it {said}")
+    return ", ".join(parts)
+
+
+def number_of_seeds(table: pd.DataFrame) -> str:
+    """How many seeds the variants have: '3 seeds', '1 seed', '2 to 3 seeds'."""
+    counts = table.groupby("variant").seed.nunique()
+    least, most = int(counts.min()), int(counts.max())
+    return f"{least} to {most} seeds" if least < most else f"{most} seed{'s' * (most > 1)}"
 
 
 class Inside(NamedTuple):

@@ -42,7 +42,7 @@ def report(run: Path, prompt: str = "Return the", max_new_tokens: int = 80, seed
     config = yaml.safe_load((run / "config.yaml").read_text())
     scalars = {tag: list(rows.value) for tag, rows in read_scalars(run).groupby("tag")}
     if "val/perplexity" not in scalars:
-        raise ValueError(f"{run} was never validated: let it reach trainer.val_check_interval")
+        raise ValueError(f"{run} was never validated: let it reach model.val_every_n_steps")
     data = _data_module(config, run)
     samples = torch.load(run / CHECKPOINT, map_location="cpu", weights_only=True)["TokenDataModule"]
     seen = trained_pairs(data, samples["samples_in_all_epochs"])

@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock
 
 from lightning_modules.atomic import replacing
+from lightning_modules.dashboard import unread
 from lightning_modules.event_files import read_scalars
 from lightning_modules.run_record import SUMMARY, read_summary
 from rat import CausalLM, ModelConfig
@@ -20,6 +21,7 @@ from rat.markdown import header, line
 RUN, CONFIG, SCALARS, LENGTHS = "run.json", "config.yaml", "scalars.csv", "lengths.json"
 TABLE, PAGE = "table.csv", "table.md"
 LOCK = ".lock"
+PARTED = 0.2  # a standard deviation of accuracies: above it, their mean is that of no run
 _ARCHITECTURE = ("chunk_size", "rope_base", "max_seq_len")
 
 
@@ -63,14 +65,15 @@ def records(output: Path) -> Iterator[tuple[Run, Path]]:
 def read_runs(output: Path) -> pd.DataFrame:
     """One row for each finished run of a sweep.
 
-    Columns: run, variant, seed; pattern, chunk_size, rope_base and max_seq_len of the model; parameters,
-    non_embedding_parameters; cache_bytes (of one sequence as long as in training, in bf16, but states of recurrences in
-    fp32); steps, tokens; the last value of every val/...; the tokens_per_second of its last start; commit of the code.
+    Columns: run, variant, seed; pattern, chunk_size, rope_base (both missing where no layer reads them) and max_seq_len
+    of the model; parameters, non_embedding_parameters; cache_bytes (of one sequence as long as in training, in bf16,
+    but states of recurrences in fp32); steps, tokens; the last value of every val/...; the tokens_per_second of its
+    last start; commits of the code of all starts.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    return pd.DataFrame([_row(run, record) for run, record in _some(output)])
+    return pd.DataFrame([_row(run, record) for run, record in _some(output)]).astype({"chunk_size": "Int64"})
 
 
 def read_curves(output: Path) -> pd.DataFrame:
@@ -131,15 +134,17 @@ def _row(run: Run, record: Path) -> dict[str, Any]:
     with torch.device("meta"):
         model = CausalLM(config)
     scalars = pd.read_csv(record / SCALARS)
+    architecture = {name: getattr(config, name) for name in _ARCHITECTURE} | dict.fromkeys(unread(config))
+    commits = [start["code"]["commit"] or "unknown" for start in summary["starts"]]
     last = scalars[scalars.tag.str.startswith("val/")].groupby("tag").value.last()
     return {
         "run": run.name, "variant": run.variant, "seed": run.seed, "pattern": " ".join(config.pattern),
-        **{name: getattr(config, name) for name in _ARCHITECTURE},
+        **{name: architecture[name] for name in _ARCHITECTURE},
         "parameters": model.num_parameters(),
         "non_embedding_parameters": model.num_parameters() - config.vocab_size * config.d_model,
         "cache_bytes": model.cache_bytes(config.max_seq_len),
         "steps": summary["steps"], "tokens": summary["tokens"], **last,
-        "tokens_per_second": summary["tokens_per_second"], "commit": summary["starts"][-1]["code"]["commit"],
+        "tokens_per_second": summary["tokens_per_second"], "commits": " ".join(dict.fromkeys(commits)),
     }  # fmt: skip
 
 
@@ -164,9 +169,21 @@ def _page(runs: pd.DataFrame) -> str:
     for variant, seeds in runs.groupby("variant", sort=False):
         first = seeds.iloc[0]
         counts = [f"{count:,}" for count in (first.parameters, first.cache_bytes, first.tokens, len(seeds))]
-        means = [mean_and_spread(seeds[name].dropna(), 2 if name.endswith("perplexity") else 3) for name in measured]
-        lines.append(line(variant, *counts, *means))
+        lines.append(line(variant, *counts, *(_cell(seeds[name].dropna(), name) for name in measured)))
     return "\n".join(lines) + "\n"
+
+
+def _cell(values: "pd.Series[float]", name: str) -> str:
+    if name.endswith("accuracy"):
+        return accuracy_of_seeds(values)
+    return mean_and_spread(values, 2 if name.endswith("perplexity") else 3)
+
+
+def accuracy_of_seeds(values: "pd.Series[float]") -> str:
+    """`mean_and_spread`, but where some seeds have learned what others have not, all: '0.216, 0.998, 1.000'."""
+    if len(values) > 1 and values.std() > PARTED:
+        return ", ".join(f"{value:.3f}" for value in sorted(values))
+    return mean_and_spread(values)
 
 
 def mean_and_spread(values: "pd.Series[float]", digits: int = 3) -> str:

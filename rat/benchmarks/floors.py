@@ -26,7 +26,7 @@ class Work:
 
     def floor(self, rates: Rates) -> Floor:
         """The larger of the two times."""
-        computing, moving = self.flops / rates.flops_per_second, self.num_bytes / rates.bytes_per_second
+        computing, moving = self.flops / rates.arithmetic, self.num_bytes / rates.bytes_per_second
         return Floor(computing, "arithmetic") if computing >= moving else Floor(moving, "bytes")
 
 

@@ -72,8 +72,9 @@ def layer_benchmark(
     Modes: `train` is a forward and a backward pass, `prefill` a prompt of T tokens into an empty decoding state,
     `decode` one more token for each row of a batch that stands at position T (random numbers for what it has seen).
 
-    Floors: the FLOPs of the cost model at the rate of a matrix product, or every input read and every output written
-    once at the rate of a copy, both measured in the same run; the larger one is the floor.
+    Floors: the FLOPs of the cost model at the rate of a matrix product (on a CPU the higher of dtype's and fp32's), or
+    every input read and every output written once at the rate of a copy, all measured in the same run; the larger one
+    is the floor.
 
     Args:
         seq_lens: T of each row of the table, in tokens.

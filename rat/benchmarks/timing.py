@@ -27,10 +27,18 @@ class Rates(NamedTuple):
 
     flops_per_second: float  # of a square matrix product in the dtype asked for
     bytes_per_second: float  # of a copy that fits in no cache, read and written bytes together
+    # of the product in fp32, on a CPU, whose kernels may compute narrower dtypes in it; 0 where none of them does
+    fp32_flops_per_second: float = 0.0
+
+    @property
+    def arithmetic(self) -> float:
+        """FLOP/s that no kernel is above."""
+        return max(self.flops_per_second, self.fp32_flops_per_second)
 
     def __str__(self) -> str:
         computing, moving = self.flops_per_second / 1e9, self.bytes_per_second / 1e9
-        return f"matrix products at {computing:.0f} GFLOP/s, copies at {moving:.1f} GB/s"
+        at_best = f" (in fp32 at {self.arithmetic / 1e9:.0f})" * (self.arithmetic > self.flops_per_second)
+        return f"matrix products at {computing:.0f} GFLOP/s{at_best}, copies at {moving:.1f} GB/s"
 
 
 def interleaved(
@@ -63,7 +71,8 @@ def interleaved(
 
 def measure_rates(dtype: torch.dtype, device: torch.device) -> Rates:
     """The machine's rates of computing and of moving, to compare everything else with."""
-    return Rates(gemm_rate(dtype, device), copy_rate(device))
+    narrow = device.type == "cpu" and dtype.itemsize < torch.float32.itemsize
+    return Rates(gemm_rate(dtype, device), copy_rate(device), gemm_rate(torch.float32, device) if narrow else 0.0)
 
 
 def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:

@@ -70,6 +70,13 @@ def test_runs_are_of_clean_commits_that_the_history_has() -> None:
     assert {start["commit"] for start in starts} <= set(listed.stdout.split())
 
 
+def test_speeds_are_of_clean_commits_and_of_one_machine() -> None:
+    reports = [json.loads(path.read_text()) for path in write_results.RESULTS.glob("efficiency/*/layer.json")]
+    assert len(reports) == 4
+    assert not [report["code"] for report in reports if report["code"]["dirty"] is not False]
+    assert len({report["machine"]["processor"] for report in reports}) == 1
+
+
 @pytest.mark.parametrize(
     ("differences", "allowance", "said"),
     [
@@ -94,6 +101,27 @@ def test_who_only_guesses_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(write_results, "CLAIMS", [write_results.Claim("a before b", "", "x", "a", "b")])
         *_, row = write_results.claim_lines()
         assert row.endswith(f"| 3 | {said} |")
+
+
+@pytest.mark.parametrize(
+    ("apart", "seeds", "said"),
+    [(0.0, 3, "not told apart"), (-0.2, 3, "they differ"), (0.2, 3, "they differ"), (-0.2, 2, "too few seeds: 2")],
+)
+def test_a_control_claims_nothing(apart: float, seeds: int, said: str) -> None:
+    control = write_results.Claim("none", "", "loss", "a", "b", control=True)
+    table = pd.DataFrame({"a": [1 + apart, 2 + apart, 3.01 + apart], "b": [1.0, 2.01, 3.0]})
+    assert write_results.judged(control, table[:seeds], None) == said
+
+
+def test_with_few_seeds_nothing_is_said_of_guessing() -> None:
+    claim = write_results.Claim("a before b", "", "recall", "a", "b")
+    table = pd.DataFrame({"a": [1.0, 1.0, 1.0], "b": [1.0, 0.99, 1.0]})
+    assert write_results.judged(claim, table, 0.2) == "both solve it"
+    assert write_results.judged(claim, table[:2], 0.2) == "too few seeds: 2"
+
+
+def test_speed_is_told_with_its_rounds() -> None:
+    assert write_results._times_as_fast([2.0, 3.0, 10.0], [1.0, 1.0, 2.0]) == "3.0x (2.0 to 5.0)"
 
 
 def test_seeds_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rat_cli import figures
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+POSITIONS = ROOT / "docs/results/positions"
 MOST_BYTES = 500_000
 OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|mnt|Users)/")
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -41,12 +43,27 @@ def test_a_committed_notebook_holds_a_whole_run(path: Path) -> None:
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run by make notebooks"
+    if path.stem != "lengths" or POSITIONS.is_dir():
+        assert cells[0].outputs[0].text == "setting: full\n"
     kinds = [output.output_type for cell in cells for output in cell.outputs]
     assert "error" not in kinds
+    streams = [[output.output_type == "stream" for output in cell.outputs] for cell in cells]
+    assert not [cell for cell in streams if (True, True) in pairwise(cell)], "lines one by one"
     assert not [output.text for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
     for text in (text for cell in cells for text in texts(cell)):
         assert not OF_A_MACHINE.search(text), text
     assert path.stat().st_size < MOST_BYTES
+
+
+@each
+def test_a_committed_notebook_shows_the_tables_of_the_records(path: Path) -> None:
+    said = "".join(text for cell in code_cells(nbformat.read(path, 4)) for text in texts(cell))
+    swept = re.findall(r"sweep --config configs/ablation/(\w+)\.yaml", said)
+    assert bool(swept) == (path.stem in ("chunk_size", "lengths", "memory"))
+    if path.stem == "lengths" and not POSITIONS.is_dir():
+        pytest.skip("its runs are not trained yet")
+    tables = [(ROOT / "docs/results" / sweep / "table.md").read_text() for sweep in swept]
+    assert [table for table in tables if table not in said] == []
 
 
 @each

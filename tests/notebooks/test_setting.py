@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import setting as module
 from setting import ROOT, Setting, chosen_setting
 
 
@@ -36,37 +38,59 @@ def test_commands_are_shown_and_what_they_say_without_the_temporary_folder(capsy
     assert capsys.readouterr().out == "$ python cli.py verify $RESULTS/nowhere\n"
 
 
-def test_what_is_measured_is_not_measured_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setting, calls = Setting("small"), []
+HERE = {"processor": "CPU", "threads": 2, "torch": "2"}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, str]]:
+    """The options of every measurement, which takes as many milliseconds as there were; the first is interrupted."""
+    calls: list[dict[str, str]] = []
 
     def measure(self: Setting, *arguments: object, quiet: bool) -> None:
-        """The command, which is interrupted in its first call."""
         assert quiet
-        calls.append([str(argument) for argument in arguments])
-        given = dict(zip(calls[-1][2::2], calls[-1][3::2], strict=True))
+        assert arguments[:2] == ("bench", "layer")
+        given = dict(zip(*[iter(map(str, arguments[2:]))] * 2, strict=True))
+        calls.append(given)
         options = {"chunk_size": int(given["--chunk_size"]), "dtype": given["--dtype"], "batch_size": 2}
         options |= {"modes": json.loads(given["--modes"])}
         content = {"complete": len(calls) > 1, "rows": [{"milliseconds": float(len(calls))}], "options": options}
-        content |= {
-            "machine": {"processor": "CPU" if len(calls) > 2 else "another CPU"},
-            "rates": {"flops_per_second": 2e9, "bytes_per_second": 3e9},
-        }
-        folder = Path(calls[-1][-1])
-        folder.mkdir(exist_ok=True)
+        content |= {"machine": HERE, "rates": {"flops_per_second": 2e9, "bytes_per_second": 3e9}}
+        folder = module.ROOT / given["--output"]
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "layer.json").write_text(json.dumps(content))
 
     monkeypatch.setattr(Setting, "cli", measure)
-    monkeypatch.setattr("setting.machine_facts", lambda device: {"processor": "CPU"})
-    for size, expected in ((4, 1.0), (4, 2.0), (4, 3.0), (4, 3.0), (16, 4.0), (16, 4.0)):
-        rows = setting.bench("some", chunk_size=size, dtype="float32", modes=["train", "decode"])
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "machine_facts", lambda device: HERE)
+    return calls
+
+
+def test_what_is_measured_is_not_measured_again(
+    measured: list[dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size, expected in ((4, 1.0), (4, 2.0), (4, 2.0), (16, 3.0), (16, 3.0)):
+        rows = Setting("full").bench("some", chunk_size=size, dtype="float32", modes=["train", "decode"])
         assert rows.to_dict("records") == [
             {"milliseconds": expected, "call": "some", "chunk_size": size, "dtype": "float32", "batch_size": 2}
         ]
         assert capsys.readouterr().out.endswith("CPU, matrix products at 2 GFLOP/s, copies at 3.0 GB/s\n")
-    words = ["--dtype", "float32", "--modes", '["train", "decode"]', "--output", str(setting.results / "some")]
-    assert calls == [["bench", "layer", "--chunk_size", size, *words] for size in ("4", "4", "4", "16")]
+    given = {"--dtype": "float32", "--modes": '["train", "decode"]', "--output": "docs/results/some"}
+    assert measured == [{"--chunk_size": size, **given} for size in ("4", "4", "16")]
+
+
+@pytest.mark.parametrize("fact", [{"processor": "another"}, {"threads": 1}, {"torch": "3"}])
+def test_measurements_of_another_machine_stay(
+    fact: dict[str, Any], measured: list[dict[str, str]], tmp_path: Path
+) -> None:
+    for _ in range(2):
+        Setting("full").bench("some", chunk_size=4, dtype="float32", modes=["train"])
+    committed = tmp_path / "docs/results/some/layer.json"
+    committed.write_text(there := json.dumps(json.loads(committed.read_text()) | {"machine": HERE | fact}))
+    for _ in range(2):
+        rows = Setting("full").bench("some", chunk_size=4, dtype="float32", modes=["train"])
+        assert rows.milliseconds.tolist() == [3.0]
+    assert committed.read_text() == there
+    assert [call["--output"] for call in measured] == ["docs/results/some"] * 2 + ["runs/notebooks/some"]
 
 
 def test_tiny_language_models_read_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,15 +98,12 @@ def test_tiny_language_models_read_the_pages(monkeypatch: pytest.MonkeyPatch) ->
     setting, calls = Setting("small"), []
     monkeypatch.setattr(Setting, "cli", lambda self, *arguments, quiet=False: calls.append(list(arguments)))
     for _ in range(2):
-        assert (
-            setting.language_sweep("chunk_size", ["rnn"], {"model.model.rope_base": None})
-            == setting.results / "chunk_size"
-        )
+        assert setting.language_sweep("positions", ["rat-swa-nope"]) == setting.results / "positions"
     assert [call[0] for call in calls] == ["prepare", "sweep", "sweep"]
     assert len(list((setting.results / "texts").glob("*.txt"))) == len(list((ROOT / "docs").glob("*.md")))
     words = calls[-1]
     options = json.loads(words[words.index("--options") + 1])
     assert options["data.init_args.path"] == str(setting.corpus) == str(setting.results / "data")
     assert options["model.model.rope_base"] is None
-    assert list(json.loads(words[words.index("--variants") + 1])) == ["rnn"]
-    assert words[words.index("--output") + 1] == setting.results / "chunk_size"
+    assert list(json.loads(words[words.index("--variants") + 1])) == ["rat-swa-nope"]
+    assert words[words.index("--output") + 1] == setting.results / "positions"

@@ -1,5 +1,6 @@
 """What the notebooks draw and say is what the records hold."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,12 +116,18 @@ def test_accuracies_are_the_last_ones_of_each_run(ax: Axes) -> None:
 def test_guessing_one_of_the_values(tmp_path: Path) -> None:
     task = {"vocab_size": 18, "num_pairs": 8, "min_pairs": 1, "power_a": 1.0, "noise": False}
     (tmp_path / "rnn-s0").mkdir()
-    data = {"seq_len": 64, "task": {"init_args": task}}
+    data = {"seq_len": 64, "val_samples": 512, "task": {"init_args": task}}
     (tmp_path / "rnn-s0" / "config.yaml").write_text(yaml.safe_dump({"data": {"init_args": data}}))
     found = figures.guessing(tmp_path, "items")
     # of n pairs one answer is right, and samples of n pairs are alike for every n
     assert found == pytest.approx({1: 1.0, 2: 1 / 2, 4: 2 / 7, 8: 4 / 26}, rel=0.02)
-    assert list(figures.guessing(tmp_path, "distance")) == [1, 4, 8, 16, 32, 64]
+    assert list(figures.guessing(tmp_path, "distance")) == [8, 16, 32, 64], "of few answers nothing is told"
+    rows = [(step, f"val/accuracy_by_distance/{upto}", 0.25) for step in (0, 9) for upto in (1, 8, 16)]
+    pd.DataFrame(rows, columns=["step", "tag", "value"]).to_csv(tmp_path / "rnn-s0" / "scalars.csv", index=False)
+    (tmp_path / "rnn-s0" / "run.json").write_text(json.dumps({"index": 0, "variant": "rnn", "seed": 0}))
+    table, chance = figures.recalled(tmp_path, "distance")
+    assert sorted(table.upto) == [8, 16]
+    assert list(chance) == [8, 16, 32, 64]
 
 
 def test_when_it_is_learned(ax: Axes) -> None:
@@ -132,8 +139,25 @@ def test_when_it_is_learned(ax: Axes) -> None:
     ]
     curves = pd.DataFrame(rows, columns=["variant", "seed", "tag", "step", "value"])
     assert figures.steps_to(curves, "val/accuracy", 0.9) == "rat 10, 20; rnn 20, never"
+    early = [("a", 0, "x", 0, 1.0), ("a", 1, "x", 9, 1.0), ("a", 2, "x", 9, 0.0)]
+    steady = [("b", seed, "x", 4, 1.0) for seed in range(3)]
+    both = pd.DataFrame(early + steady, columns=curves.columns)
+    assert figures.steps_to(both, "x", 0.9) == "b 5, 5, 5; a 1, 10, never", "by their medians"
     figures.while_training(ax, curves, "val/accuracy", "recall")
     np.testing.assert_allclose(ax.lines[0].get_xydata(), [[9, 0.15], [19, 0.55]])
+
+
+def test_sizes_are_compared_seed_by_seed() -> None:
+    losses = {0: (3.0, 2.0, 2.5, 1.0), 1: (9.0, 8.0, 7.0, 6.0), 2: (1.0, 0.5, 0.6, np.nan)}
+    rows = [(seed, 4**i, loss, "rat") for seed, many in losses.items() for i, loss in enumerate(many)]
+    runs = pd.DataFrame([*rows, (0, 2, 9.0, "rat sliding_window")], columns=["seed", "chunk_size", "loss", "pattern"])
+    runs = runs[runs.loss.notna()].astype({"chunk_size": "Int64"}).assign(variant="rat-L" + runs.chunk_size.astype(str))
+    assert figures.from_size_to_size(runs, "loss") == (
+        "from 1 to 4 it falls, from 4 to 16 it grows with 2 of 3 seeds, from 16 to 64 it falls"
+    )
+    assert figures.number_of_seeds(runs) == "1 to 3 seeds"
+    assert figures.number_of_seeds(runs[runs.chunk_size == 4]) == "3 seeds"
+    assert figures.number_of_seeds(runs[runs.chunk_size == 2]) == "1 seed"
 
 
 def test_what_is_remembered_is_told_by_the_last_octave() -> None:

@@ -52,7 +52,9 @@ def test_every_mode_and_contender_has_its_cell(
     written = json.loads((tmp_path / "layer.json").read_text())
     assert [row["contender"] for row in written["rows"]] == [cell.contender for cell in table]
     assert written["complete"] is True
-    assert written["rates"] == {"flops_per_second": 1000.0, "bytes_per_second": 500.0}
+    assert written["rates"] == {
+        "flops_per_second": 1000.0, "bytes_per_second": 500.0, "fp32_flops_per_second": 0.0,
+    }  # fmt: skip
     assert written["options"]["seq_lens"] == [8, 18]
     assert written["machine"]["torch"] == torch.__version__
     assert matplotlib.image.imread(tmp_path / "layer.png").std() > 0.05

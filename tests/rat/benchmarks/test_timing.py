@@ -67,4 +67,20 @@ def test_rates_are_work_over_time(monkeypatch: pytest.MonkeyPatch, dtype: torch.
     assert timing.copy_rate(CPU, num_bytes=400) == 2 * 400 / 0.5
     rates = timing.Rates(gemm := 3e9, 2.5e9)
     assert rates.flops_per_second == gemm
+    assert rates.arithmetic == gemm
     assert str(rates) == "matrix products at 3 GFLOP/s, copies at 2.5 GB/s"
+
+
+@pytest.mark.parametrize(
+    ("fp32", "most", "said"), [(4e9, 4e9, "3 GFLOP/s (in fp32 at 4), copies"), (2e9, 3e9, "3 GFLOP/s, copies")]
+)
+def test_a_narrow_dtype_may_be_computed_in_fp32(
+    fp32: float, most: float, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {torch.bfloat16: 3e9, torch.float32: fp32}
+    monkeypatch.setattr(timing, "gemm_rate", lambda dtype, device: found[dtype])
+    monkeypatch.setattr(timing, "copy_rate", lambda device: 1e9)
+    rates = timing.measure_rates(torch.bfloat16, CPU)
+    assert rates.arithmetic == most
+    assert said in str(rates)
+    assert timing.measure_rates(torch.float32, CPU) == (fp32, 1e9, 0.0)
