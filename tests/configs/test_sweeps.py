@@ -55,8 +55,8 @@ def test_the_chunk_sizes_are_those_between_the_ends(grid: Grid) -> None:
     assert grid.seeds == [0, 1, 2]
 
 
-@pytest.mark.parametrize("path", [ROOT / "configs/ablation/chunk_size_200m.yaml"], ids=["chunk_size_200m"])
-def test_the_papers_ablation_is_as_large_as_it_says(grid: Grid) -> None:
+@pytest.mark.parametrize("path", [path for path in SWEEPS if path.stem.endswith("_200m")], ids=lambda path: path.stem)
+def test_the_papers_ablations_are_as_large_as_they_say(grid: Grid) -> None:
     for run in grid:
         config = grid.config(run)
         tokens = config["trainer"]["max_steps"] * config["model"]["global_batch_size"] * 4096
