@@ -57,13 +57,18 @@ def trained_length(records: Path) -> int:
 def layer_speed(rows: pd.DataFrame) -> pd.DataFrame:
     """Tokens/s from rows of `Setting.bench` with the layers attention, rat, sliding_window and rnn, for every call.
 
-    Hybrids are the mean of their two layers' times, that of RAT with the L of the ablation's, 16.
+    Hybrids are the mean of their two layers' times, that of RAT with the L of the ablation's, 16. In a call layers take
+    turns, so that all are as much faster or slower as the machine is at the time: what is told is how many times as
+    fast as attention they are in their call, times the median speed of attention.
 
     Returns:
         Columns mode, seq_len, chunk_size, variant, pattern and tokens_per_second; training comes first.
     """
     keys = ["call", "mode", "seq_len", "chunk_size", "batch_size"]
     times = rows.pivot(index=keys, columns="contender", values="milliseconds").reset_index()
+    slower = times.attention / times.groupby(["mode", "seq_len", "batch_size"]).attention.transform("median")
+    layers = [name for name in times.columns if name not in keys]
+    times[layers] = times[layers].div(slower, axis=0)
     with_windows = times[times.chunk_size == 16]
     parts = [
         times.assign(variant="rat-L" + times.chunk_size.astype(str), pattern="rat", time=times.rat),

@@ -192,6 +192,17 @@ def test_hybrids_take_the_mean_of_their_layers_times() -> None:
     assert ("train", "rat-swa", 4) not in speed.index, "the ablation's hybrid has chunks of 16"
 
 
+def test_a_slow_round_looks_like_a_quick_one() -> None:
+    cells = [
+        {"call": turn, "mode": "train", "seq_len": 10, "chunk_size": 4, "batch_size": 1, "contender": name,
+         "milliseconds": time * slower}
+        for turn, slower in enumerate((3, 1, 2))
+        for name, time in {"attention": 8.0, "rat": 2.0, "sliding_window": 4.0, "rnn": 1.0}.items()
+    ]  # fmt: skip
+    speed = figures.layer_speed(pd.DataFrame(cells))
+    assert {*speed[speed.variant == "rat-L4"].tokens_per_second} == {1000 * 10 / (2 * 2)}
+
+
 def test_means_in_words() -> None:
     means = figures.over_seeds(runs(), ["variant"], "loss")
     assert (

@@ -262,3 +262,26 @@ def test_watched_gates_tell_how_far_they_remember(make_mixer: Callable, name: Mi
 def test_impossible_widths_are_refused(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("document_ids", [None, [[0] * 5 + [1] * 8, [0] * 13]], ids=["one text", "documents"])
+def test_one_chunk_computes_what_the_rnn_does(
+    make_mixer: Callable[..., Mixer], assert_close: Callable, document_ids: list[list[int]] | None
+) -> None:
+    """Forward and backward, which docs/results.md reads its control by."""
+    rat, rnn = make_mixer("rat", "long"), make_mixer("rnn", "long")
+    shared = len(rnn.in_proj.weight)
+    with torch.no_grad():
+        rnn.in_proj.weight.copy_(rat.in_proj.weight[:shared])
+        rnn.out_proj.weight.copy_(rat.out_proj.weight)
+        rnn.gate_bias.copy_(rat.gate_bias)
+    x, documents = random(2, 13, D), None if document_ids is None else torch.tensor(document_ids)
+    outputs = [mixer(x, documents) for mixer in (rat, rnn)]
+    assert_close(*outputs)
+    for output in outputs:
+        output.backward(random(2, 13, D, seed=1))
+    ours = rat.in_proj.weight.grad
+    assert_close(ours[:shared], rnn.in_proj.weight.grad)
+    assert torch.all(ours[shared:].abs() < 1e-6), "queries and keys decide nothing"
+    assert_close(rat.out_proj.weight.grad, rnn.out_proj.weight.grad)
+    assert_close(rat.gate_bias.grad, rnn.gate_bias.grad)
