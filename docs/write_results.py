@@ -24,6 +24,7 @@ from rat.markdown import header, line, write_block
 from rat_cli import figures
 from rat_cli.sweep_results import (
     PAGE,
+    RUN,
     accuracy_of_seeds,
     mean_and_spread,
     read_curves,
@@ -96,7 +97,7 @@ CLAIMS = [
 
 def sweeps() -> list[str]:
     """Those that have finished runs."""
-    return sorted(path.parent.name for path in RESULTS.glob(f"*/{PAGE}"))
+    return sorted({path.parents[1].name for path in RESULTS.glob(f"*/*/{RUN}")})
 
 
 def positions() -> pd.DataFrame:

@@ -14,7 +14,6 @@ from rat_cli import figures
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-POSITIONS = ROOT / "docs/results/positions"
 MOST_BYTES = 500_000
 OF_A_MACHINE = re.compile(r"(?<![\w.])/(?:work|tmp|home|root|mnt|Users)/")
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -43,8 +42,7 @@ def test_a_committed_notebook_holds_a_whole_run(path: Path) -> None:
     nbformat.validate(notebook)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "run by make notebooks"
-    if path.stem != "lengths" or POSITIONS.is_dir():
-        assert cells[0].outputs[0].text == "setting: full\n"
+    assert cells[0].outputs[0].text == "setting: full\n"
     kinds = [output.output_type for cell in cells for output in cell.outputs]
     assert "error" not in kinds
     streams = [[output.output_type == "stream" for output in cell.outputs] for cell in cells]
@@ -60,8 +58,6 @@ def test_a_committed_notebook_shows_the_tables_of_the_records(path: Path) -> Non
     said = "".join(text for cell in code_cells(nbformat.read(path, 4)) for text in texts(cell))
     swept = re.findall(r"sweep --config configs/ablation/(\w+)\.yaml", said)
     assert bool(swept) == (path.stem in ("chunk_size", "lengths", "memory"))
-    if path.stem == "lengths" and not POSITIONS.is_dir():
-        pytest.skip("its runs are not trained yet")
     tables = [(ROOT / "docs/results" / sweep / "table.md").read_text() for sweep in swept]
     assert [table for table in tables if table not in said] == []
 
