@@ -236,8 +236,7 @@ def trade_off_lines() -> Iterator[str]:
             own = found[(found.variant == variant) & ~(found.chunk_size >= found.max_seq_len).fillna(False)]
             cells.append(accuracy_of_seeds(own[REMEMBERED[name]]) or NONE_OF_ITS_OWN)
         yield line(variant, cache, perplexity, len(rows), *cells)
-    guessed = {"recall": f"{GUESSED:.3f}", "needles": "0.000"}
-    yield line("guessing", "", "", "", *(guessed[name] for name in tasks))
+    yield line("guessing", "", "", "", *(f"{MEASURES[name].guessed:.3f}" for name in tasks))
 
 
 def speed_lines() -> Iterator[str]:
