@@ -63,7 +63,7 @@ figures: install ## Draw the pictures of the pages again, those of TensorBoard w
 	$(BIN)/python docs/draw_layer.py
 	$(BIN)/python docs/draw_tensorboard.py --runs $(RUNS)
 
-notebooks: install ## Execute the notebooks: they read finished sweeps and measure layers (RAT_NOTEBOOKS=small: a quick look, in RUNS/notebooks)
+notebooks: install ## Execute the notebooks: they read finished sweeps, and do what is not done yet: train the quickstart, measure layers of this machine (half an hour; RAT_NOTEBOOKS=small: a quick look, in RUNS/notebooks)
 	$(BIN)/python -m nbconvert --execute --to notebook $(if $(filter small,$(RAT_NOTEBOOKS)),--output-dir $(RUNS)/notebooks,--inplace) $(NBCONVERT) notebooks/*.ipynb
 
 clean: ## Remove caches, prepared data and runs

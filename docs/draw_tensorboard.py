@@ -1,10 +1,7 @@
-"""Draw the pictures of docs/tensorboard.md: TensorBoard's pages on runs of the quickstart, in a headless Chromium.
+"""Draw the pictures of docs/tensorboard.md, which tells how its runs are made: TensorBoard's pages, in a headless
+Chromium.
 
-For each of the backbones attention, rat and rnn, which are the folders of the runs:
-    python cli.py fit --config configs/quickstart.yaml --config configs/backbone/BACKBONE.yaml \\
-      --trainer.max_steps 400 --model.model.d_model 128 --model.model.num_heads 2 --model.val_every_n_steps 50
-and then
-    python docs/draw_tensorboard.py --runs runs
+python docs/draw_tensorboard.py --runs runs/pictures
 """
 
 import argparse

@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; --config needs a YAML file") from None
+        raise ConfigError(f"{path}: {error.strerror}; a YAML file is needed") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from None
     if not isinstance(content or {}, dict):

@@ -39,8 +39,11 @@ def use_style() -> None:
 
 
 def look(variant: str) -> dict[str, Any]:
-    """Colour, line and marker of a variant: a colour for each backbone, dashes for hybrids, darker for larger L."""
-    backbone, _, size = variant.removesuffix("-nope").partition("-")
+    """Colour, line and marker of a variant: a colour for each backbone, dashes for hybrids, darker for larger L, dots
+    and hollow markers without positions."""
+    if variant.endswith("-nope"):
+        return look(variant.removesuffix("-nope")) | {"linestyle": ":", "markerfacecolor": "none"}
+    backbone, _, size = variant.partition("-")
     if re.fullmatch(r"L[1-9]\d*", size):
         shade = min(1.0, 0.3 + 0.7 * np.log2(int(size[1:])) / 9)
         return {"color": plt.get_cmap("Blues")(shade), "marker": "o", "markersize": 4}

@@ -1,6 +1,7 @@
 """What a sweep consists of: its runs, the options of each, and whether a folder holds one of them."""
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -76,7 +77,11 @@ class Grid:
     def config(self, run: Run) -> dict[str, Any]:
         """The whole configuration of a run, as its config.yaml will hold it."""
         if run.variant not in self.configs:
-            cli = InfoCLI(self.arguments(run))
+            try:
+                cli = InfoCLI(self.arguments(run), prog="cli.py fit")
+            except SystemExit:  # what is wrong has been said
+                print(f"this is of the variant {run.variant}", file=sys.stderr)
+                raise
             with suppress(NotCountedError):
                 read_plan(cli.config)
             self.configs[run.variant] = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False, skip_check=True))

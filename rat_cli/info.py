@@ -28,10 +28,10 @@ PARTS = {
 
 
 class InfoCLI(RatCLI):
-    """Reads what fit reads, and makes nothing of it."""
+    """Reads what fit reads, and makes nothing of it; `prog` is the command that errors name."""
 
-    def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(list(_named_strategies(args)), run=False, parser_kwargs={"prog": "cli.py info"})
+    def __init__(self, args: Sequence[str], prog: str = "cli.py info") -> None:
+        super().__init__(list(_named_strategies(args)), run=False, parser_kwargs={"prog": prog})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """What is asked of the config."""

@@ -1,6 +1,7 @@
 """A grid of runs, variants times seeds: what is not finished is trained, and all that is becomes one table."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from rat_cli.main import main, rank
 from rat_cli.sweep_results import LOCK, PAGE, Run, keep_record, records, write_tables
 
 LOG = "fit.log"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _CLI = Path(__file__).parents[1] / "cli.py"
 
 
@@ -102,6 +104,12 @@ def _check(grid: Grid, jobs: int, index: int | None, *, table_only: bool) -> Non
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if index is not None and table_only:
         raise ValueError("index trains a run, table_only trains none: give one of them")
+    for name in (grid.name, *grid.variants):
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"a sweep and its variants name folders: letters, digits and . _ - +, of which the first is a letter or"
+                f" a digit; got {name!r}"
+            )
     count = len(grid.variants) * len(grid.seeds)
     if len(set(grid.seeds)) < len(grid.seeds):
         raise ValueError(f"seeds must differ, got {grid.seeds}")

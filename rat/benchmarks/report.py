@@ -117,10 +117,12 @@ def plot_lines(ax: Any, rows: Sequence[Row], y: str, *, title: str, ylabel: str,
 
 
 def plain_log_axis(axis: Any) -> None:
-    """Marks at 1, 2, 5, 10, 20, ... of a logarithmic axis, written out: 2,000 instead of 2 x 10^3."""
+    """Marks at 1, 2, 5, 10, 20, ... of a logarithmic axis, written out: 2,000 instead of 2 x 10^3. Where what is drawn
+    spans less than a decade, there are more."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
     axis.set_major_formatter(lambda y, _: f"{y:,g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -71,8 +71,12 @@ def test_runs_are_of_clean_commits_that_the_history_has() -> None:
 
 
 def test_speeds_are_of_clean_commits_and_of_one_machine() -> None:
-    reports = [json.loads(path.read_text()) for path in write_results.RESULTS.glob("efficiency/*/layer.json")]
-    assert len(reports) == 4
+    efficiency, chunk_size = (
+        [json.loads(path.read_text()) for path in (write_results.RESULTS / name).rglob("layer.json")]
+        for name in ("efficiency", "chunk_size_speed")
+    )
+    assert (len(efficiency), len(chunk_size)) == (4, 15)
+    reports = efficiency + chunk_size
     assert not [report["code"] for report in reports if report["code"]["dirty"] is not False]
     assert len({report["machine"]["processor"] for report in reports}) == 1
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PICTURES = runpy.run_path(str(ROOT / "docs/draw_tensorboard.py"))
@@ -93,3 +95,13 @@ def test_texts_are_samples_of_every_validation_and_the_config(shown: Any, runs: 
     assert len(found[tags[1]]) == 3
     assert all(text.startswith("Return the") for text in found[tags[1]])
     assert all(text.startswith("Raises:\n    ValueError: if") for text in found[tags[2]])
+
+
+def test_the_pictures_of_the_page_are_drawn(shown: Any, tmp_path: Path) -> None:
+    PICTURES["draw"](shown, 1, tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(re.findall(r"\((tensorboard-.*\.png)\)", (ROOT / "docs/tensorboard.md").read_text()))
+    for name in drawn:
+        with Image.open(tmp_path / name) as picture, Image.open(ROOT / "docs" / name) as kept:
+            assert picture.size == kept.size
+            assert len(picture.getcolors()) > 10, "an empty page has fewer"

@@ -1,6 +1,7 @@
 """The committed notebooks hold what a whole run has shown."""
 
 import ast
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_a_committed_notebook_shows_the_tables_of_the_records(path: Path) -> Non
     assert bool(swept) == (path.stem in ("chunk_size", "lengths", "memory"))
     tables = [(ROOT / "docs/results" / sweep / "table.md").read_text() for sweep in swept]
     assert [table for table in tables if table not in said] == []
+
+
+def test_the_speeds_of_efficiency_are_those_of_the_records() -> None:
+    cells = code_cells(nbformat.read(ROOT / "notebooks" / "efficiency.ipynb", 4))
+    (table,) = (
+        output.data["text/html"] for cell in cells for output in cell.outputs if "text/html" in output.get("data", {})
+    )
+    paths = (ROOT / "docs/results/efficiency").glob("*/layer.json")
+    rows = [row for path in paths for row in json.loads(path.read_text())["rows"] if row["contender"] != "attention"]
+    assert sorted(re.findall(r"\d+\.\d\dx", table)) == sorted(f"{row['speedup']:.2f}x" for row in rows)
 
 
 @each

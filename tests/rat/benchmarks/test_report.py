@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from rat.benchmarks.report import Report, plot_lines, tokens
+from rat.benchmarks.report import Report, plain_log_axis, plot_lines, tokens
 
 CPU = torch.device("cpu")
 
@@ -86,3 +87,17 @@ def test_nothing_measured_is_no_picture(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_lengths_are_short() -> None:
     assert [tokens(length) for length in (1024, 65536, 1000)] == ["1K", "64K", "1000"]
+
+
+@pytest.mark.parametrize("high", [9_000, 17_000, 60_000, 3_000_000])
+def test_a_logarithmic_axis_has_marks_to_read_by(high: int) -> None:
+    figure, ax = plt.subplots()
+    ax.plot([1, 2], [5_200, high])
+    ax.set_yscale("log")
+    plain_log_axis(ax.yaxis)
+    figure.canvas.draw()
+    low, top = ax.get_ylim()
+    seen = [label.get_text() for label in ax.get_yticklabels() if low <= label.get_position()[1] <= top]
+    assert 3 <= len(seen) <= 12
+    assert "10,000" in seen or high < 10_000
+    plt.close(figure)
