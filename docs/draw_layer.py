@@ -58,7 +58,7 @@ def draw() -> plt.Figure:
         ax.plot([left, right], [-0.52, -0.52], color=INK, linewidth=1)
         ax.text((left + right) / 2, -0.86, f"chunk {chunk}", ha="center", fontsize=10, color=INK)
     notes = [
-        (1.3, RECURRENT, "gated recurrence inside the chunk\n$s_t = g_t\\,s_{t-1} + (1-g_t)\\,y_t$"),
+        (1.3, RECURRENT, "gated recurrence inside the chunk\n$s_t = g_t\\,s_{t-1} + (1-g_t)\\,v_t$, keys alike"),
         (3.3, ATTENTION, "one softmax over the ends of\nearlier chunks and the token itself"),
     ]
     for y, colour, text in notes:

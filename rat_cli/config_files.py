@@ -53,6 +53,19 @@ class ConfigFile(ActionConfigFile):
             cfg.pop(BASE, None)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the parent does. Raises yaml.YAMLError that tells the line of a second one."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def lineage(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
     """The files that `path` builds on, furthest first, then itself.
 
@@ -75,7 +88,7 @@ def lineage(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 def read(path: Path) -> dict[str, Any]:
     """The content of a YAML file. Raises ConfigError as `lineage` does."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _OnceLoader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; a YAML file is needed") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

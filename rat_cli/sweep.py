@@ -111,6 +111,8 @@ def _check(grid: Grid, jobs: int, index: int | None, *, table_only: bool) -> Non
                 f" a digit; got {name!r}"
             )
     count = len(grid.variants) * len(grid.seeds)
+    if min(grid.seeds) < 0:
+        raise ValueError(f"seeds must be at least 0, got {grid.seeds}")
     if len(set(grid.seeds)) < len(grid.seeds):
         raise ValueError(f"seeds must differ, got {grid.seeds}")
     if index is not None and not 0 <= index < count:

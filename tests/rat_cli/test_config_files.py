@@ -46,6 +46,7 @@ MISTAKES = {
     "base: [1]": "base must be a file or a list of files, not [1]",
     "- a": "must hold keys and values, not ['a']",
     "a: [": "is no valid YAML",
+    "trainer: {max_steps: 1, max_steps: 2}": "is no valid YAML: max_steps stands twice",
     "model: 3": "model must hold keys and values, not 3",
     "trainer: null": "trainer must hold keys and values, not None",
     "model: {model: {d_model: wide}}":

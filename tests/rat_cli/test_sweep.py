@@ -186,6 +186,7 @@ def test_a_run_that_fails_is_named_after_the_others(
     [
         ({}, ["--index", "4"], "index must be from 0 to 3, since the sweep has 4 runs; got 4"),
         ({"seeds": [1, 1]}, [], "seeds must differ"),
+        ({"seeds": [-1]}, [], "seeds must be at least 0, got [-1]"),
         ({"variants": {}}, [], "a sweep needs variants"),
         ({}, ["--jobs", "0"], "jobs must be at least 1, got 0"),
         ({"variants": {"a": {"model.model.chunk_sise": 2}}}, [], "did you mean --model.model.chunk_size?"),
