@@ -322,10 +322,11 @@ def draw() -> None:
         figures.legend_beside(right, left)
     figure.savefig(RESULTS / "language.png", metadata=source)
     figure, panels = plt.subplots(1, 3, figsize=(18, 4.2), sharey=True)
-    for ax, number in zip(panels, ("items", "distance"), strict=False):
+    told = {"items": "recall: pairs to remember", "distance": "recall: distance of the answer, tokens"}
+    for ax, number in zip(panels, told, strict=False):
         if "recall" in sweeps():
             table, chance = _accuracies("recall", number)
-            figures.by_octave(ax, table, f"recall: {number}", chance)
+            figures.by_octave(ax, table, told[number], chance)
     if "needles" in sweeps():  # at the end nearly all find it, at any distance
         figures.while_training(
             panels[-1], read_curves(RESULTS / "needles"), REMEMBERED["needles"], "needles, while training"

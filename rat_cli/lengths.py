@@ -13,6 +13,7 @@ from tqdm import tqdm
 from datamodules.dataset import TokenDataset
 from datamodules.shards import TokenShards
 from datamodules.tokenizer import FILE_NAME, fingerprint
+from lightning_modules.dashboard import unread
 from rat import CausalLM, ModelConfig
 from rat.evaluation.lengths import Span, loss_by_position, span, spans
 from rat.markdown import header, line
@@ -147,7 +148,7 @@ def _table(curves: dict[str, Curve], lengths: Sequence[int]) -> str:
     """Markdown: a row for each model, a column for each length."""
     lines = [*header("model", "trained at T", "positions", *(f"T {length:,}" for length in lengths))]
     for name, (config, _, ends) in curves.items():
-        positions = "none" if config.rope_base is None else "RoPE"
+        positions = "none" if config.rope_base is None or "rope_base" in unread(config) else "RoPE"
         cells = [_cell(ends[length]) for length in lengths]
         lines.append(line(name, f"{config.max_seq_len:,}", positions, *cells))
     return "\n".join(lines) + "\n"

@@ -40,13 +40,14 @@ def counting(tmp_path: Path) -> Path:
 
 def test_models_side_by_side(cli: Cli, save: Callable[..., Path], counting: Path, tmp_path: Path) -> None:
     places = {"RoPE": save("rope"), "NoPE": save("nope", rope_base=None, max_seq_len=8)}
+    places["RNN"] = save("rnn", pattern=["rnn"])
     named = json.dumps({name: str(place) for name, place in places.items()})
     result = cli("evaluate", "lengths", "--models", named, "--data", counting, "--output", tmp_path / "found")
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "found" / "lengths.json").read_text())
     # 1, 2 and 4 times the longer T of training, in the ten windows of 64 that there are
     assert (found["windows"], found["tokens"]) == (10, 640)
-    assert list(found["models"]) == ["RoPE", "NoPE"]
+    assert list(found["models"]) == ["RoPE", "NoPE", "RNN"]
     table = (tmp_path / "found" / "lengths.md").read_text()
     assert table in result.out
     assert "| model | trained at T | positions | T 16 | T 32 | T 64 |" in table
@@ -61,7 +62,7 @@ def test_models_side_by_side(cli: Cli, save: Callable[..., Path], counting: Path
         assert of["lengths"]["64"]["loss"] == pytest.approx(float(second), rel=1e-5)
         assert [of["lengths"]["64"][key] for key in ("first", "last")] == [33, 64]
         assert (of["positions"][0]["first"], of["positions"][-1]["last"]) == (1, 64)
-        positions = "none" if name == "NoPE" else "RoPE"
+        positions = "RoPE" if name == "RoPE" else "none"
         assert f"| {name} | {model.config.max_seq_len} | {positions} | {of['lengths']['16']['loss']:.3f} ±" in table
     assert (tmp_path / "found" / "lengths.png").read_bytes()[:4] == b"\x89PNG"
     assert not plt.get_fignums()
