@@ -48,7 +48,7 @@ ADDED = {
 
 # What is run by others, and where.
 ELSEWHERE = {
-    "make figures *": "tests/docs/test_tensorboard.py, and what it needs is drawn by the lines above it",
+    "make figures *": "tests/docs/test_draw_layer.py and, in Chromium, test_tensorboard.py",
     "make install": ".ci/run: make test asks for it",
     "make notebooks": "tests/notebooks/test_rendering.py",
     "make quickstart": "the working copy below is made by the lines of the Makefile",
